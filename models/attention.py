@@ -1,0 +1,120 @@
+"""Attention, and the spatial transformer that lets an image read a text.
+
+    softmax(q k^T / sqrt(d)) v                                              (Vaswani et al. 2017, eq. 1)
+
+A spatial transformer treats the h*w positions of a feature map as tokens: self-attention among them, cross-attention
+to the context, a gated feed-forward, each with its own layer norm and residual (Rombach et al. 2022, appendix E.2.1).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.layers import Condition, zero
+from models.sliced_attention import sliced_attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention over already projected tokens; the softmax is accumulated in float32.
+
+    q: (B, N, heads*d); k, v: (B, M, heads*d). Returns (B, N, heads*d) in q's dtype.
+    causal: position i sees positions up to i only (text transformers); needs N == M.
+    torch's fused kernel does the work, except in bfloat16 on a CPU, where it gains nothing over float32 and two
+    matrix products over slices take less than half its time.
+    """
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    sliced = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    out = sliced_attention(q, k, v, causal) if sliced else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+class Attention(nn.Module):
+    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:                        # (B, N, C), (B, L, D)
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose second half, through GELU, gates the first (Shazeer 2020, GEGLU)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back. (The published names leave a gap at net.1 for a dropout.)"""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:                                         # (B, N, C)
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Look around, read the text, think: three residual branches, each behind a layer norm."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(channels, channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:                        # (B, N, C), (B, L, D)
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, added to it.
+
+    linear_proj: project in and out by linear layers (SD 2.x) instead of 1x1 convolutions (SD 1.x). The numbers are
+    the same; the shapes in the files are not.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, linear_proj: bool) -> None:
+        super().__init__()
+
+        def projection() -> nn.Module:
+            return nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
+
+        self.linear_proj = linear_proj
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.proj_out = zero(projection())
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
+        tokens = self._tokens(self.proj_in, self.norm(x))                           # (B, h*w, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, cond.context)
+        return x + self._map(self.proj_out, tokens, x.shape[-2])
+
+    def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
+        if self.linear_proj:
+            return project(rearrange(x, "b c h w -> b (h w) c"))
+        return rearrange(project(x), "b c h w -> b (h w) c")
+
+    def _map(self, project: nn.Module, tokens: Tensor, height: int) -> Tensor:
+        if self.linear_proj:
+            return rearrange(project(tokens), "b (h w) c -> b c h w", h=height)
+        return project(rearrange(tokens, "b (h w) c -> b c h w", h=height))

@@ -1,0 +1,61 @@
+"""The small parts that every network here is made of.
+
+Normalisation computes its statistics in float32 whatever dtype comes in (torch's kernels do so inside), and every
+epsilon is written out: the published networks use 1e-5 in UNet residual blocks and 1e-6 in spatial transformers and
+the VAE, and the wrong one shows as soon as activations are small.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Condition(NamedTuple):
+    """What every layer of a UNet is told beside its input.
+
+    emb:     (B, E) embedding of the time (and of whatever else is pooled into one vector).
+    context: (B, L, D) text features for cross-attention, or None.
+    """
+
+    emb: Tensor
+    context: Tensor | None
+
+
+def timestep_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of the time: cosines first, then sines, frequencies max_period^(-i/half).
+
+    t: (B,) times, integer or fractional, on the scale of the original process (0..999).
+    Returns (B, channels) float32; an odd channel is zero.
+    Source: openai/guided-diffusion @ 22e0df8, nn.py (the transformer's encoding with another order and divisor).
+    """
+    half = channels // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * freqs                                                        # (B, half)
+    emb = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(emb, (0, channels % 2))                                                       # (B, channels)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Set a layer's parameters to zero, so that the branch it ends starts as silence. Returns the layer."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size (stride 1) or halves it (stride 2)."""
+    return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a convolution. (B, C, h, w) -> (B, C, 2h, 2w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,162 @@
+"""The UNet: a noisy image down a staircase of resolutions and up again, told the time and the text at every step.
+
+Going down, every level is `num_res_blocks` residual blocks (each followed by attention where the configuration asks
+for it), then a halving. Going up there is one residual block more per level, because each block also reads what its
+counterpart on the way down left behind. Parameter names are the published ones of CompVis/stable-diffusion
+@ 21f890f (which took them from openai/guided-diffusion), so those files load with a prefix cut off and no table.
+
+Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import SpatialTransformer
+from models.errors import ModelError
+from models.layers import Condition, Upsample, conv3x3, timestep_embedding, zero
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A UNet in numbers. Level i works at resolution / 2^i with model_channels * channel_mult[i] channels.
+
+    attention_resolutions: the downsampling factors (1, 2, 4, ...) whose levels have attention; the middle always has.
+    num_heads, head_channels: exactly one is given: heads per attention, or channels per head.
+    linear_proj: see SpatialTransformer.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    num_heads: int | None = 8
+    head_channels: int | None = None
+    context_dim: int = 768
+    transformer_depth: int = 1
+    linear_proj: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.num_heads is None) == (self.head_channels is None):
+            raise ModelError(
+                f"a UNet takes either num_heads or head_channels, not both or neither: got num_heads="
+                f"{self.num_heads}, head_channels={self.head_channels}"
+            )
+
+    def heads(self, channels: int) -> int:
+        """Number of attention heads at a level of that many channels."""
+        return self.num_heads or channels // self.head_channels
+
+    @property
+    def factor(self) -> int:
+        """How often height and width are halved, as a product: both must be multiples of it."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the time is added in between. (B, C_in, h, w) -> (B, C_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        h = self.in_layers(x)
+        h = h + self.emb_layers(cond.emb)[:, :, None, None]                                    # (B, C_out, 1, 1)
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """A convolution of stride two. (B, C, h, w) -> (B, C, h/2, w/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        return self.op(x)
+
+
+class Stem(nn.Conv2d):
+    """The first convolution; it takes the condition like every other layer and has no use for it."""
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        return super().forward(x)
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, all told the same condition."""
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        for layer in self:
+            x = layer(x, cond)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts eps or v (the caller knows which) from a noisy latent, its time and a text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, emb_dim = config.model_channels, 4 * config.model_channels
+        self.time_embed = nn.Sequential(nn.Linear(c, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.input_blocks = nn.ModuleList([Stage(Stem(config.in_channels, c, 3, padding=1))])
+        last, skips = len(config.channel_mult) - 1, [c]
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(self._stage(c, mult * config.model_channels, level))
+                skips.append(c := mult * config.model_channels)
+            if level != last:
+                self.input_blocks.append(Stage(Downsample(c)))
+                skips.append(c)
+        self.middle_block = Stage(ResBlock(c, c, emb_dim), self._transformer(c), ResBlock(c, c, emb_dim))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                stage = self._stage(c + skips.pop(), mult * config.model_channels, level)
+                c = mult * config.model_channels
+                if level and i == config.num_res_blocks:
+                    stage.append(Upsample(c))
+                self.output_blocks.append(stage)
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
+        )
+
+    def _transformer(self, c: int) -> SpatialTransformer:
+        config = self.config
+        return SpatialTransformer(
+            c, config.context_dim, config.heads(c), config.transformer_depth, config.linear_proj
+        )
+
+    def _stage(self, c_in: int, c_out: int, level: int) -> Stage:
+        stage = Stage(ResBlock(c_in, c_out, 4 * self.config.model_channels))
+        if 2**level in self.config.attention_resolutions:
+            stage.append(self._transformer(c_out))
+        return stage
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """One look at a noisy latent.
+
+        x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
+        t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim).
+        Returns the raw prediction (B, out_channels, h, w) in x's dtype.
+        """
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))   # (B, E)
+        cond = Condition(emb, context)
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, cond)
+            skips.append(x)
+        x = self.middle_block(x, cond)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), cond)
+        return self.out(x)

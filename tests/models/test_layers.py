@@ -1,0 +1,50 @@
+"""Closed forms of the small parts."""
+
+import math
+
+import torch
+
+from models.layers import Upsample, timestep_embedding, zero
+from models.vae import Downsample, VAEConfig
+
+
+def test_time_embedding_is_cosines_then_sines_divided_by_half() -> None:
+    emb = timestep_embedding(torch.tensor([0, 10, 999]), 8)
+    for row, t in zip(emb.tolist(), (0, 10, 999)):
+        angles = [t * 10000 ** (-i / 4) for i in range(4)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        # angles up to 999 carry a float32 rounding of 6e-5 at the most
+        assert torch.allclose(torch.tensor(row), torch.tensor(expected), atol=1e-4)
+    assert emb.dtype == torch.float32
+
+
+def test_an_odd_width_ends_in_zero() -> None:
+    assert timestep_embedding(torch.tensor([7]), 5)[0, -1] == 0
+
+
+def test_fractional_times_lie_between_their_neighbours() -> None:
+    low, mid, high = timestep_embedding(torch.tensor([1.0, 1.5, 2.0]), 64)[:, 40:]
+    assert ((low < mid) & (mid < high)).all()
+
+
+def test_vae_halving_pads_right_and_bottom() -> None:
+    layer = Downsample(1)
+    torch.nn.init.zeros_(layer.conv.bias)
+    torch.nn.init.zeros_(layer.conv.weight)
+    layer.conv.weight.data[0, 0, 0, 0] = 1.0                          # the kernel's top left corner
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert layer(x)[0, 0].tolist() == [[0, 2], [8, 10]]               # so nothing was padded above or to the left
+    layer.conv.weight.data.zero_()[0, 0, 2, 2] = 1.0
+    assert layer(x)[0, 0].tolist() == [[10, 0], [0, 0]]               # and what was padded is zero
+
+
+def test_upsampling_repeats_pixels() -> None:
+    layer = Upsample(1)
+    zero(layer.conv).weight.data[0, 0, 1, 1] = 1.0
+    x = torch.tensor([[[[1.0, 2.0]]]])
+    assert layer(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_factor_counts_the_halvings() -> None:
+    assert VAEConfig().factor == 8
+    assert VAEConfig(channel_mult=(1, 2)).factor == 2

@@ -1,0 +1,63 @@
+"""Sliced attention against the plain formula: the same value and the same gradients, whatever the slice."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.sliced_attention import rows_per_slice, sliced_attention
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    s = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    return s.softmax(-1) @ v
+
+
+def inputs(n: int, m: int, dtype: torch.dtype) -> list[Tensor]:
+    g = torch.Generator().manual_seed(n * 100 + m)
+    shapes = (2, 3, n, 5), (2, 3, m, 5), (2, 3, m, 5), (2, 3, n, 5)
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+@pytest.mark.parametrize(("n", "m", "causal"), [(13, 7, False), (1, 7, False), (13, 13, True)])
+def test_equals_the_plain_formula_in_float64(n: int, m: int, causal: bool, rows: int) -> None:
+    q, k, v, g = inputs(n, m, torch.float64)
+    ours, theirs = sliced_attention(q, k, v, causal, rows), plain(q, k, v, causal)
+    # 1e-13: a few hundred float64 roundings (2e-16) of numbers of order one
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_rounds_like_its_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    # ten float32 roundings (1.2e-7), a handful of bfloat16 roundings (4e-3), of numbers up to about two
+    q, k, v, g = inputs(33, 17, dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ours, theirs = sliced_attention(q, k, v, rows=8), plain(*exact, causal=False)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, exact, g.double())):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=2 * tolerance)
+
+
+def test_only_the_gradients_that_are_asked_for() -> None:
+    q, k, v, g = inputs(9, 9, torch.float64)
+    frozen = sliced_attention(q.detach(), k, v.detach(), rows=2)
+    wanted = torch.autograd.grad(plain(q, k, v, False), k, g)[0]
+    torch.testing.assert_close(torch.autograd.grad(frozen, k, g)[0], wanted, rtol=0, atol=1e-13)
+
+
+def test_slices_follow_the_byte_budget() -> None:
+    q, k = torch.empty(2, 8, 4096, 40, device="meta"), torch.empty(2, 8, 4096, 40, device="meta")
+    assert rows_per_slice(q, k, budget=4 * 16 * 4096 * 100) == 100
+    assert rows_per_slice(q, k, budget=1) == 1
+
+
+def test_a_slice_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one query row, not 0"):
+        sliced_attention(*inputs(3, 3, torch.float32)[:3], rows=0)
