@@ -75,7 +75,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halving by a strided convolution that pads on the right and at the bottom only. (B, C, h, w) -> (B, C, h/2, w/2)."""
+    """Halving by a strided convolution, padded on the right and at the bottom: (B, C, h, w) -> (B, C, h/2, w/2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -128,7 +128,8 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(c)
             self.down.append(level)
         self.mid = Middle(c, config.norm_groups)
-        self.norm_out, self.conv_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6), conv3x3(c, 2 * config.latent_channels)
+        self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
+        self.conv_out = conv3x3(c, 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -152,7 +153,8 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(c)
             levels.insert(0, level)                                     # up.0 is the finest, as in the encoder
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6), conv3x3(c, config.in_channels)
+        self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
+        self.conv_out = conv3x3(c, config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))

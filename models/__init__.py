@@ -1,0 +1,13 @@
+"""Networks, tokenizers and weights. Knows no diffusion process.
+
+model = models.load("emoji")            # or a hub id, a folder, a single file
+models.save(model, "copy", "diffusers")
+"""
+
+from models.errors import ModelError
+from models.latent import LatentModel
+from models.loading import load, save
+from models.text import TextFeatures
+from models.tokenizer import ClipTokenizer, Tokens
+
+__all__ = ["ClipTokenizer", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load", "save"]

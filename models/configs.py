@@ -1,0 +1,226 @@
+"""Our configurations and the config.json files of the diffusers layout, translated both ways.
+
+A config.json has far more settings than Stable Diffusion uses. Those that say something about the networks
+here are translated; the others must have the one value that these networks are built for, or the file is
+refused by name: a setting that is silently ignored is a wrong image that nobody can explain.
+
+One name misleads: `attention_head_dim` of a diffusers UNet is the *number* of heads, one number or one a
+level.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.errors import ModelError
+from models.text import ClipTextConfig
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+
+Json = Mapping[str, Any]
+
+UNET_FIXED: Json = {
+    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
+    "norm_eps": 1e-5, "norm_num_groups": 32, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "dual_cross_attention": False, "class_embed_type": None, "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None, "addition_embed_type": None, "num_class_embeds": None,
+    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional", "time_embedding_dim": None, "time_embedding_act_fn": None,
+    "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "attention_type": "default", "mid_block_only_cross_attention": None, "cross_attention_norm": None,
+    "reverse_transformer_layers_per_block": None,
+}  # fmt: skip
+VAE_FIXED: Json = {
+    "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None, "latents_mean": None, "latents_std": None,
+    "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
+}  # fmt: skip
+TEXT_FIXED: Json = {"layer_norm_eps": 1e-5}
+TEXT_DEFAULTS: Json = {
+    "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "intermediate_size": 2048, "hidden_act": "quick_gelu",
+}  # fmt: skip
+SCHEDULE_FIXED: Json = {"trained_betas": None}
+
+
+def read_unet(file: Json, where: str) -> UNetConfig:
+    """A UNet2DConditionModel's config.json. Raises ModelError for what the UNet here is not."""
+    _refuse(file, UNET_FIXED, where)
+    channels = _need(file, "block_out_channels", where)
+    blocks = _need(file, "down_block_types", where)
+    known = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    if not set(blocks) <= set(known) or list(file.get("up_block_types", [])) != [
+        known[b] for b in reversed(blocks)
+    ]:
+        said = f"{list(blocks)} down and {list(file.get('up_block_types', []))} up"
+        raise ModelError(
+            f"{where}: only {', '.join(known)} and their mirror image are supported, found {said}"
+        )
+    heads = file.get("num_attention_heads") or file.get("attention_head_dim", 8)
+    num_heads, head_channels = _heads(heads, channels, where)
+    return UNetConfig(
+        in_channels=file.get("in_channels", 4),
+        out_channels=file.get("out_channels", 4),
+        model_channels=channels[0],
+        channel_mult=_multiples(channels, where),
+        num_res_blocks=_same(file.get("layers_per_block", 2), "layers_per_block", where),
+        attention_resolutions=tuple(
+            2**i for i in range(len(blocks))[::-1] if blocks[i].startswith("CrossAttn")
+        ),
+        num_heads=num_heads,
+        head_channels=head_channels,
+        context_dim=_same(_need(file, "cross_attention_dim", where), "cross_attention_dim", where),
+        transformer_depth=_same(
+            file.get("transformer_layers_per_block", 1), "transformer_layers_per_block", where
+        ),
+        linear_proj=bool(file.get("use_linear_projection", False)),
+    )
+
+
+def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
+    """The config.json of a UNet; sample_size: side of the latents that it was trained on.
+
+    Raises ModelError for a UNet whose stem is not as wide as its first level: diffusers knows one number for
+    both.
+    """
+    if config.channel_mult[0] != 1:
+        raise ModelError(
+            f"diffusers has one number for the first convolution and the first level, but this UNet has "
+            f"channel_mult {config.channel_mult}: it must begin with 1"
+        )
+    channels = [config.model_channels * mult for mult in config.channel_mult]
+    attends = [2**i in config.attention_resolutions for i in range(len(channels))]
+    heads = config.num_heads or [config.heads(c) for c in channels]
+    return {
+        "_class_name": "UNet2DConditionModel", "sample_size": sample_size,
+        "in_channels": config.in_channels, "out_channels": config.out_channels,
+        "block_out_channels": channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "layers_per_block": config.num_res_blocks, "attention_head_dim": heads,
+        "cross_attention_dim": config.context_dim, "transformer_layers_per_block": config.transformer_depth,
+        "use_linear_projection": config.linear_proj, "upcast_attention": config.linear_proj,
+        "act_fn": "silu", "norm_eps": 1e-5, "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0,
+    }  # fmt: skip
+
+
+def read_vae(file: Json, where: str) -> VAEConfig:
+    """An AutoencoderKL's config.json. Raises ModelError for what the VAE here is not."""
+    _refuse(file, VAE_FIXED, where)
+    channels = _need(file, "block_out_channels", where)
+    return VAEConfig(
+        in_channels=file.get("in_channels", 3),
+        latent_channels=file.get("latent_channels", 4),
+        channels=channels[0],
+        channel_mult=_multiples(channels, where),
+        num_res_blocks=file.get("layers_per_block", 1),
+        scale=file.get("scaling_factor", 0.18215),
+        norm_groups=file.get("norm_num_groups", 32),
+    )
+
+
+def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
+    """The config.json of a VAE; sample_size: side of the images that it was trained on."""
+    levels = len(config.channel_mult)
+    if config.channel_mult[0] != 1:
+        raise ModelError(f"a diffusers VAE's channel_mult begins with 1; this one's is {config.channel_mult}")
+    return {
+        "_class_name": "AutoencoderKL", "sample_size": sample_size,
+        "in_channels": config.in_channels, "out_channels": config.in_channels,
+        "latent_channels": config.latent_channels, "layers_per_block": config.num_res_blocks,
+        "block_out_channels": [config.channels * mult for mult in config.channel_mult],
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "scaling_factor": config.scale, "act_fn": "silu", "norm_num_groups": config.norm_groups,
+    }  # fmt: skip
+
+
+def read_text(file: Json, where: str) -> ClipTextConfig:
+    """A CLIPTextModel's config.json; what is absent has transformers' default. Raises ModelError as above."""
+    _refuse(file, TEXT_FIXED, where)
+    file = TEXT_DEFAULTS | dict(file)
+    if file["hidden_act"] not in ("quick_gelu", "gelu"):
+        raise ModelError(
+            f"{where}: hidden_act {file['hidden_act']!r} is neither quick_gelu (CLIP) nor gelu (OpenCLIP)"
+        )
+    return ClipTextConfig(
+        vocab_size=file["vocab_size"],
+        length=file["max_position_embeddings"],
+        width=file["hidden_size"],
+        layers=file["num_hidden_layers"],
+        heads=file["num_attention_heads"],
+        mlp_width=file["intermediate_size"],
+        activation=file["hidden_act"],
+    )
+
+
+def write_text(config: ClipTextConfig, begin: int, end: int, pad: int) -> dict[str, Any]:
+    """The config.json of a text transformer, with the tokenizer's special ids."""
+    return {
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.length,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width, "hidden_act": config.activation, "layer_norm_eps": 1e-5,
+        "bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad,
+    }  # fmt: skip
+
+
+def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
+    """A scheduler_config.json: keyword arguments of diffusion.Schedule, and the prediction type."""
+    _refuse(file, SCHEDULE_FIXED, where)
+    schedule = {
+        "name": file.get("beta_schedule", "linear"),
+        "steps": file.get("num_train_timesteps", 1000),
+        "beta_start": file.get("beta_start", 1e-4),
+        "beta_end": file.get("beta_end", 0.02),
+        "zero_terminal_snr": file.get("rescale_betas_zero_snr", False),
+    }
+    return schedule, file.get("prediction_type", "epsilon")
+
+
+def write_schedule(schedule: Json, prediction: str) -> dict[str, Any]:
+    """The scheduler_config.json, for diffusers' DDIM as Stable Diffusion uses it."""
+    betas = {key: schedule[key] for key in ("beta_start", "beta_end") if schedule.get(key) is not None}
+    return betas | {
+        "_class_name": "DDIMScheduler", "beta_schedule": schedule["name"],
+        "num_train_timesteps": schedule.get("steps", 1000), "prediction_type": prediction,
+        "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    }  # fmt: skip
+
+
+def _refuse(file: Json, fixed: Json, where: str) -> None:
+    for key, value in fixed.items():
+        if file.get(key, value) != value:
+            raise ModelError(f"{where}: {key} is {file[key]!r}; only {value!r} is supported")
+
+
+def _need(file: Json, key: str, where: str) -> Any:
+    if file.get(key) is None:
+        raise ModelError(f"{where} does not say {key}")
+    return file[key]
+
+
+def _same(value: int | Sequence[int], key: str, where: str) -> int:
+    values = {value} if isinstance(value, int) else set(value)
+    if len(values) != 1:
+        raise ModelError(f"{where}: {key} is {value}; only one number for all levels is supported")
+    return values.pop()
+
+
+def _multiples(channels: Sequence[int], where: str) -> tuple[int, ...]:
+    if any(c % channels[0] for c in channels):
+        raise ModelError(f"{where}: block_out_channels {list(channels)} are not multiples of the first")
+    return tuple(c // channels[0] for c in channels)
+
+
+def _heads(heads: int | Sequence[int], channels: Sequence[int], where: str) -> tuple[int | None, int | None]:
+    """(heads, None) where every level has as many, (None, channels a head) where every head is as wide."""
+    each = [heads] * len(channels) if isinstance(heads, int) else list(heads)
+    if len(set(each)) == 1:
+        return each[0], None
+    widths = {c // h for c, h in zip(channels, each)}
+    if len(each) != len(channels) or len(widths) != 1:
+        raise ModelError(
+            f"{where}: {each} heads over {list(channels)} channels are neither equal nor equally wide"
+        )
+    return None, widths.pop()

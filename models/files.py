@@ -1,0 +1,134 @@
+"""Finding and opening the files that hold tensors.
+
+Opening maps a file into memory and reads no tensor: what is never looked at never costs memory, and what is
+looked at can be dropped again by the system, since it lies unchanged on the disk. A file must therefore stay
+as it is while a model that was loaded from it is in use; replacing it by renaming is safe.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from models.errors import ModelError
+from models.pickles import read_pickle
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one part of a model, in one file or in several shards; none is read before `open`."""
+
+    files: tuple[Path, ...]
+
+    def open(self) -> dict[str, Tensor]:
+        """Every tensor by its name, mapped anew. Raises ModelError for a file that cannot be read."""
+        return {key: tensor for file in self.files for key, tensor in open_tensors(file).items()}
+
+    def __str__(self) -> str:
+        return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
+
+
+def open_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle (.ckpt, .pt, .bin), by name, mapped into memory.
+
+    A `state_dict` around the tensors is taken off; what is not a tensor is left out. Raises ModelError for a
+    file that is missing, truncated, a git-lfs pointer, or something else.
+    """
+    path = Path(path)
+    refuse_unreadable(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    content = read_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raise ModelError for a file that is missing or empty, or a git-lfs pointer left in its place."""
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from"
+        )
+    if not start:
+        raise ModelError(f"{path} is empty")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The text that a .safetensors file carries beside its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ModelError(f"{path} cannot be read; it is truncated or damaged ({error})") from error
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except SafetensorError as error:
+        raise ModelError(f"{path} cannot be read; it is truncated or damaged ({error})") from error
+
+
+def find_weights(folder: Path, stems: Iterable[str], variant: str | None) -> Weights:
+    """The weight files of a folder: .safetensors before .bin, one file before shards, only of the variant
+    asked for.
+
+    stems: names without suffix, such as "diffusion_pytorch_model". Raises ModelError naming what was looked
+    for, and the variants that are there instead.
+    """
+    stems = tuple(stems)
+    looked_for = [
+        name for suffix in ("safetensors", "bin") for stem in stems for name in names(stem, suffix, variant)
+    ]
+    for name in looked_for:
+        if (folder / name).is_file():
+            return Weights(_shards(folder / name) if name.endswith(".json") else (folder / name,))
+    raise ModelError(
+        f"{folder} holds none of {', '.join(looked_for)}{_other_variants(folder, stems, variant)}"
+    )
+
+
+def names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
+    """The names of a weight file and of an index of shards: model.fp16.safetensors,
+    model.safetensors.index.fp16.json.
+    """
+    dot = f".{variant}" if variant else ""
+    return f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json"
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of shards: it needs a weight_map of file names") from error
+    for shard in shards:
+        if not isinstance(shard, str) or re.search(r"[/\\]|^\.\.?$|^$", shard):
+            raise ModelError(
+                f"{index} names {shard!r} as a shard; a shard is a bare file name in the same folder"
+            )
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise ModelError(f"{index.parent} lacks the shard {', '.join(missing)} that {index.name} names")
+    return tuple(index.parent / shard for shard in shards)
+
+
+def _other_variants(folder: Path, stems: tuple[str, ...], variant: str | None) -> str:
+    stem = "|".join(map(re.escape, stems))
+    pattern = re.compile(rf"(?:{stem})(?:\.([\w]+))?\.(?:safetensors|bin)(?:\.index(?:\.([\w]+))?\.json)?")
+    found = {m[1] or m[2] for file in folder.glob("*") if (m := pattern.fullmatch(file.name))} - {variant}
+    said = ["no variant" if other is None else f"variant={other!r}" for other in sorted(found, key=str)]
+    return f"; it does hold {', '.join(said)}" if said else ""

@@ -1,0 +1,151 @@
+"""The diffusers layout: a folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/.
+
+Both ways: a folder that is read and written again holds equal tensors under equal names. Two subfolders may
+be missing: without tokenizer/ the vocabulary is CLIP's, without scheduler/ the schedule is Stable
+Diffusion's.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import configs, presets
+from models.errors import ModelError
+from models.files import find_weights
+from models.latent import LatentModel
+from models.renaming import LAYOUTS
+from models.text import ClipText, ClipTextConfig
+from models.tokenizer import ClipTokenizer
+from models.unet import UNet
+from models.vae import VAE
+from models.weights import Part, best_layout, fill, gather, on_meta, write_safetensors
+
+DIFFUSION_STEM = "diffusion_pytorch_model"
+STEMS = {"unet": (DIFFUSION_STEM,), "vae": (DIFFUSION_STEM,), "text_encoder": ("model", "pytorch_model")}
+OTHER_FAMILIES = ("text_encoder_2", "transformer", "prior")
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.35.0",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}
+
+
+def read_folder(
+    folder: Path,
+    dtype: torch.dtype | str | None,
+    device: torch.device,
+    prediction: str | None,
+    variant: str | None,
+) -> LatentModel:
+    """Load a folder; arguments as in `models.load`. Raises ModelError for all that does not fit."""
+    for other in OTHER_FAMILIES:
+        if (folder / other).exists():
+            raise ModelError(f"{folder} has a {other}: it is not a Stable Diffusion 1.x or 2.x model")
+    files = {part: folder / part / "config.json" for part in STEMS}
+    said = {part: _read_json(file) for part, file in files.items()}
+    unet = configs.read_unet(said["unet"], str(files["unet"]))
+    vae = configs.read_vae(said["vae"], str(files["vae"]))
+    text = configs.read_text(said["text_encoder"], str(files["text_encoder"]))
+    schedule, says = _schedule(folder / "scheduler" / "scheduler_config.json", text)
+    model = LatentModel(
+        family=presets.family_of(text),
+        unet=on_meta(lambda: UNet(unet)),
+        vae=on_meta(lambda: VAE(vae)),
+        text=on_meta(lambda: ClipText(text)),
+        tokenizer=_tokenizer(folder / "tokenizer", text),
+        schedule=schedule,
+        prediction=presets.known_prediction(prediction or says, str(folder)),
+        resolution=int(said["unet"].get("sample_size") or 64) * vae.factor,
+        source=str(folder),
+    )
+    for part, (role, network) in _networks(model).items():
+        weights = find_weights(folder / part, STEMS[part], variant)
+        known = {name: layout for name, layout in LAYOUTS[role].items() if name.startswith("diffusers")}
+        model.names[role] = best_layout(network, known, weights.open())
+        model.kept[role] = fill([Part(network, known[model.names[role]])], weights, dtype, device)
+    return model
+
+
+def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:
+    """Write a model beside `path` and rename it into place. Raises ModelError if that is another's place."""
+    if path.exists() and not _is_ours(path):
+        raise ModelError(f"{path} exists and is not a model folder: choose another path, or remove it")
+    tokens = model.tokenizer
+    said = {
+        "unet": configs.write_unet(model.unet.config, model.resolution // model.vae.factor),
+        "vae": configs.write_vae(model.vae.config, model.resolution),
+        "text_encoder": configs.write_text(model.text.config, tokens.begin, tokens.end, tokens.pad),
+    }
+    beside = path.with_name(path.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        for part, (role, network) in _networks(model).items():
+            layout = LAYOUTS[role][model.names.get(role, "diffusers")]
+            tensors = gather(Part(network, layout), dtype) | model.kept.get(role, {})
+            write_safetensors(beside / part / f"{STEMS[part][0]}.safetensors", tensors)
+            _write_json(beside / part / "config.json", said[part])
+        model.tokenizer.save(beside / "tokenizer")
+        schedule = configs.write_schedule(model.schedule, model.prediction)
+        _write_json(beside / "scheduler" / "scheduler_config.json", schedule)
+        _write_json(beside / "model_index.json", INDEX)
+        _replace(path, beside)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _networks(model: LatentModel) -> dict[str, tuple[str, nn.Module]]:
+    """Subfolder -> role in LAYOUTS, network."""
+    return {"unet": ("unet", model.unet), "vae": ("vae", model.vae), "text_encoder": ("text", model.text)}
+
+
+def _schedule(file: Path, text: ClipTextConfig) -> tuple[dict[str, Any], str | None]:
+    if file.is_file():
+        return configs.read_schedule(_read_json(file), str(file))
+    return dict(presets.SD_SCHEDULE), "epsilon" if presets.family_of(text) == "sd1" else None
+
+
+def _tokenizer(folder: Path, text: ClipTextConfig) -> ClipTokenizer:
+    if folder.is_dir():
+        return ClipTokenizer.from_folder(folder, text.length)
+    return ClipTokenizer.clip(text.length, presets.SD2_V.pad if presets.family_of(text) == "sd2" else None)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is a model folder or an empty one, which may be replaced."""
+    return path.is_dir() and ((path / "model_index.json").exists() or not any(path.iterdir()))
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Put a folder in the place of another; the old one is moved aside first and removed last."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"there is no {path}: a model folder has a config in unet/, vae/ and text_encoder/")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not readable JSON: {error}") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Fetching a model from the hub: its settings, and its weights in one format only."""
+
+from pathlib import Path
+
+from models.errors import ModelError
+from models.files import find_weights
+from models.folder import STEMS
+
+
+def download(repository: str, variant: str | None) -> Path:
+    """The local folder of a repository, downloaded if need be: .safetensors, or .bin where there are none.
+
+    Raises ModelError for a repository that does not exist, wants a licence accepted, or can be neither
+    reached nor found in the cache.
+    """
+    from huggingface_hub import errors
+
+    try:
+        folder = _fetch(repository, variant, "safetensors")
+        return folder if _is_complete(folder, variant) else _fetch(repository, variant, "bin")
+    except errors.GatedRepoError as error:
+        said = f"{repository} is behind a licence: accept it on its page and log in (`hf auth login`)"
+        raise ModelError(said) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no repository {repository}, and there is no such folder here"
+        ) from error
+    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise ModelError(
+            f"{repository} is neither a folder here nor in the download cache, and the hub cannot be "
+            f"reached: connect to the network, or give a path"
+        ) from error
+    except (OSError, errors.HFValidationError) as error:
+        raise ModelError(f"{repository} cannot be fetched from the hub: {error}") from error
+
+
+def _fetch(repository: str, variant: str | None, suffix: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    dot = f".{variant}" if variant else ""
+    ends = (f"{dot}.{suffix}", f"{dot}-*-of-*.{suffix}", f"-*-of-*{dot}.{suffix}")
+    weights = [f"{part}/{stem}{end}" for part, stems in STEMS.items() for stem in stems for end in ends]
+    settings = ["model_index.json", "*/*.json", "*/merges.txt"]
+    return Path(snapshot_download(repository, allow_patterns=[*settings, *dict.fromkeys(weights)]))
+
+
+def _is_complete(folder: Path, variant: str | None) -> bool:
+    try:
+        for part, stems in STEMS.items():
+            find_weights(folder / part, stems, variant)
+    except ModelError:
+        return False
+    return True

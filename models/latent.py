@@ -1,0 +1,149 @@
+"""A latent diffusion model as its users hold it: text in, raw predictions over latents, images out.
+
+It knows no process: the schedule is a handful of keyword arguments for `diffusion.Schedule`, and `predict`
+answers with what the network says, epsilon or v, as `prediction` names it. Each network runs in its own
+dtype; what goes between them and out is float32 (float64 stays float64).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelError
+from models.text import ClipText, TextFeatures
+from models.tokenizer import ClipTokenizer, Tokens
+from models.unet import UNet
+from models.vae import VAE
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass
+class LatentModel:
+    """The networks of a latent diffusion model and what is needed to use them.
+
+    family: "sd1", "sd2", or another name. schedule: keyword arguments of diffusion.Schedule. prediction:
+    "epsilon" or "v_prediction". resolution: side of the square images that it was trained on, in pixels.
+    source: where it is from.
+    names, kept: how the loaded file named its tensors, and those of them that no network uses, for `save`.
+
+    Raises ModelError for parts that do not fit each other.
+    """
+
+    family: str
+    unet: UNet
+    vae: VAE
+    text: ClipText
+    tokenizer: ClipTokenizer
+    schedule: dict[str, Any]
+    prediction: str
+    resolution: int
+    source: str
+    names: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unet, text, latents = self.unet.config, self.text.config, self.vae.config.latent_channels
+        pairs = {
+            "the UNet's output channels and the VAE's latent channels": (unet.out_channels, latents),
+            "the UNet's input channels (more in inpainting models) and the VAE's latent channels": (
+                unet.in_channels, latents,
+            ),
+            "the UNet's context and the text's width": (unet.context_dim, text.width),
+            "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
+            "the tokenizer's length and the text's": (self.tokenizer.length, text.length),
+        }  # fmt: skip
+        for what, (first, second) in pairs.items():
+            if first != second:
+                raise ModelError(f"{self.source}: {what} differ, {first} and {second}")
+        if self.prediction not in PREDICTIONS:
+            raise ModelError(
+                f"{self.source} predicts {self.prediction!r}; known are {', '.join(PREDICTIONS)}"
+            )
+
+    @property
+    def width(self) -> int:
+        """D, the size of a token's vector."""
+        return self.text.config.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the UNet runs in."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the UNet is on."""
+        return next(self.unet.parameters()).device
+
+    def to(self, device: torch.device | str) -> "LatentModel":
+        """Move all networks, this object's own, to a device. Returns itself."""
+        for network in (
+            (self.unet, self.text) if self._encoder_is_gone() else (self.unet, self.text, self.vae)
+        ):
+            network.to(device)
+        return self
+
+    def embedding(self, token: int) -> Tensor:
+        """(D,) float32: the vector of an existing token, a copy."""
+        return self.text.embeddings.token_embedding.weight[token].detach().float().clone()
+
+    def encode_text(self, tokens: Tokens, extra: Tensor | None = None) -> TextFeatures:
+        """Features of tokenised prompts: context (B, L, D) in the text network's dtype.
+
+        extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them.
+        """
+        device = self.text.final_layer_norm.weight.device
+        return self.text(tokens.ids.to(device), extra=None if extra is None else extra.to(device))
+
+    def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
+        """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,)."""
+        out = self.unet(x_t.to(self.dtype), t.to(x_t.device), features.context.to(self.dtype))
+        return _at_least_float32(out)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance."""
+        weight = self._encoder_weight()
+        return _at_least_float32(self.vae.encode(images.to(weight)))
+
+    def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Moments (B, 2C, h, w) and noise (B, C, h, w) ~ N(0, 1) -> scaled latents (B, C, h, w), float32."""
+        return _at_least_float32(self.vae.sample(moments, noise))
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1]."""
+        weight = self._encoder_weight()
+        return _at_least_float32(self.vae.decode(x0.to(weight))).clamp(-1.0, 1.0)
+
+    def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image's latents. Raises ModelError for a size that the networks cannot halve."""
+        multiple = self.vae.factor * self.unet.config.factor
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+            raise ModelError(
+                f"an image of {width}x{height} pixels cannot be halved by this model: "
+                f"both sides must be multiples of {multiple}, {near[0]}x{near[1]} for example"
+            )
+        return self.vae.config.latent_channels, height // self.vae.factor, width // self.vae.factor
+
+    def release_encoder(self) -> None:
+        """Let the VAE's weights leave memory; `moments` and `decode` raise ModelError from then on."""
+        self.vae.to("meta")
+
+    def _encoder_is_gone(self) -> bool:
+        return next(self.vae.parameters()).is_meta
+
+    def _encoder_weight(self) -> Tensor:
+        if self._encoder_is_gone():
+            raise ModelError(
+                "the VAE was released from memory (release_encoder): load the model again to use it"
+            )
+        return next(self.vae.parameters())
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

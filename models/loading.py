@@ -1,0 +1,80 @@
+"""Loading a latent diffusion model from wherever it is, and saving it to either published layout.
+
+Everything ends in one object, and everything is strict: a file that does not fit is an error that names what
+does not. Nothing from a file is executed. Files are written beside their place and renamed into it, so there
+is never half a model.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from models.errors import ModelError
+from models.folder import read_folder, write_folder
+from models.latent import LatentModel
+from models.single_file import SUFFIXES, read_single_file, write_single_file
+
+EMBEDDED = {"emoji": Path(__file__).parent / "data" / "emoji"}
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> LatentModel:
+    """Load a latent diffusion model, frozen and ready to use.
+
+    source: the name "emoji"; a folder in the diffusers layout; a single .safetensors or .ckpt file as CompVis
+    and Stability publish them; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+    dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
+    device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
+    says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors.
+
+    Raises ModelError for a source that is not there, cannot be read, or does not fit; for float16 on a CPU.
+    The files must stay as they are while the model is used: its weights are their memory maps wherever
+    nothing has to be converted or moved.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if source in EMBEDDED:
+        model = read_folder(EMBEDDED[source], dtype, device, prediction, variant)
+        model.family, model.source = source, source
+        return model
+    path = Path(source)
+    if path.is_dir():
+        return read_folder(path, dtype, device, prediction, variant)
+    if path.is_file() or path.suffix in SUFFIXES:
+        return read_single_file(path, dtype, device, prediction)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        from models.hub import download
+
+        return read_folder(download(str(source), variant), dtype, device, prediction, variant)
+    known = ", ".join(EMBEDDED)
+    raise ModelError(f"there is no file or folder {source}; the embedded models are: {known}")
+
+
+def save(
+    model: LatentModel,
+    path: str | Path,
+    layout: Literal["diffusers", "single"] = "diffusers",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model as a folder in the diffusers layout, or as a single .safetensors file.
+
+    Tensors of the loaded file that no network uses go back to the layout that they came from: what went in
+    comes out equal. dtype: what the networks' tensors are stored in, None for what they run in. A model
+    folder at `path` is replaced. Raises ModelError for anything else that is there, for a released VAE, and
+    for a model that the layout has no place for.
+    """
+    if next(model.vae.parameters()).is_meta:
+        raise ModelError(
+            "the VAE was released from memory (release_encoder): load the model again to save it"
+        )
+    write = {"diffusers": write_folder, "single": write_single_file}.get(layout)
+    if write is None:
+        raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")
+    write(model, Path(path), dtype)

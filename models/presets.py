@@ -1,0 +1,104 @@
+"""The published models in numbers, and one small enough for tests.
+
+Stable Diffusion 1.4 and 1.5 are one architecture trained for longer, and so are 2.0 and 2.1. In 2.x the
+models for 512 pixels predict epsilon and those for 768 predict v; everything else about them is the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from models.errors import ModelError
+from models.latent import LatentModel
+from models.text import ClipText, ClipTextConfig
+from models.tokenizer import ClipTokenizer
+from models.unet import UNet, UNetConfig
+from models.vae import VAE, VAEConfig
+from models.vocabulary import clip_vocabulary, from_merges
+
+SD_SCHEDULE: dict[str, Any] = {
+    "name": "scaled_linear",
+    "steps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "zero_terminal_snr": False,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A latent diffusion model in numbers; the fields are those of LatentModel.
+
+    pad: the tokenizer's padding id, None for the end token. merges: how many of CLIP's merges its vocabulary
+    has, None for all.
+    """
+
+    family: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: ClipTextConfig
+    pad: int | None
+    prediction: str
+    resolution: int
+    merges: int | None = None
+
+
+SD2_UNET = UNetConfig(num_heads=None, head_channels=64, context_dim=1024, linear_proj=True)
+SD2_TEXT = ClipTextConfig(width=1024, layers=23, heads=16, mlp_width=4096, activation="gelu")
+SD1 = Preset("sd1", UNetConfig(), VAEConfig(), ClipTextConfig(), None, "epsilon", 512)
+SD2_BASE = Preset("sd2", SD2_UNET, VAEConfig(), SD2_TEXT, 0, "epsilon", 512)
+SD2_V = Preset("sd2", SD2_UNET, VAEConfig(), SD2_TEXT, 0, "v_prediction", 768)
+TINY = Preset(
+    "tiny",
+    UNetConfig(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2, 1), num_heads=2,
+        context_dim=32,
+    ),
+    VAEConfig(channels=32, channel_mult=(1, 1), num_res_blocks=1),
+    ClipTextConfig(vocab_size=1514, length=32, width=32, layers=2, heads=2, mlp_width=64),
+    None,
+    "epsilon",
+    32,
+    merges=1000,
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {
+    "sd1.4": SD1,
+    "sd1.5": SD1,
+    "sd2.0": SD2_V,
+    "sd2.0-base": SD2_BASE,
+    "sd2.1": SD2_V,
+    "sd2.1-base": SD2_BASE,
+    "tiny": TINY,
+}
+
+
+def family_of(text: ClipTextConfig) -> str:
+    """The family that a text transformer tells: "sd1", "sd2", or "custom"."""
+    return {("quick_gelu", 768): "sd1", ("gelu", 1024): "sd2"}.get((text.activation, text.width), "custom")
+
+
+def known_prediction(says: str | None, where: str) -> str:
+    """What a model predicts. Raises ModelError where neither its files nor the caller said."""
+    if says is None:
+        raise ModelError(
+            f"{where} does not say what it predicts: give prediction='epsilon' or 'v_prediction'"
+        )
+    return says
+
+
+def untrained(preset: Preset) -> LatentModel:
+    """A model of random weights (from torch's global generator), frozen, in float32 on the CPU."""
+    vocabulary = clip_vocabulary()
+    if preset.merges is not None:
+        vocabulary = from_merges(vocabulary.merges[: preset.merges])
+    return LatentModel(
+        family=preset.family,
+        unet=UNet(preset.unet).requires_grad_(False).eval(),
+        vae=VAE(preset.vae).requires_grad_(False).eval(),
+        text=ClipText(preset.text).requires_grad_(False).eval(),
+        tokenizer=ClipTokenizer(vocabulary, preset.text.length, preset.pad),
+        schedule=dict(SD_SCHEDULE),
+        prediction=preset.prediction,
+        resolution=preset.resolution,
+        source=f"untrained {preset.family}",
+    )

@@ -1,0 +1,116 @@
+"""The single-file layout of CompVis and Stability: every tensor of a model in one .safetensors or .ckpt file.
+
+Such a file has no configuration; it is read off the shapes (`models.shapes`), so what a shape cannot say
+cannot be written. Whether an SD 2.x file predicts v has a public place in the metadata of .safetensors files,
+the model specification's `modelspec.prediction_type`; where it is missing, the caller says it.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import presets, shapes
+from models.errors import ModelError
+from models.files import Weights, metadata
+from models.latent import LatentModel
+from models.renaming import LAYOUTS
+from models.text import ClipText
+from models.tokenizer import ClipTokenizer
+from models.unet import UNet
+from models.vae import VAE
+from models.vocabulary import clip_vocabulary
+from models.weights import Part, fill, gather, on_meta, write_safetensors
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon"}
+
+
+def read_single_file(
+    path: Path, dtype: torch.dtype | str | None, device: torch.device, prediction: str | None
+) -> LatentModel:
+    """Load a file; the arguments are those of `models.load`. Raises ModelError for all that does not fit."""
+    weights = Weights((path,))
+    found = {name: tuple(tensor.shape) for name, tensor in weights.open().items()}
+    if not any(name.startswith(shapes.UNET) for name in found):
+        raise ModelError(f"{path} is no Stable Diffusion checkpoint: no tensor is named {shapes.UNET}...")
+    if any(name.startswith("conditioner.") for name in found):
+        raise ModelError(f"{path} is a Stable Diffusion XL checkpoint; 1.x and 2.x are supported")
+    unet, vae = shapes.unet_config(found, str(path)), shapes.vae_config(found, str(path))
+    text = shapes.text_config(found, str(path))
+    family = presets.family_of(text)
+    says = prediction or _stated(path) or ("epsilon" if family == "sd1" else None)
+    if says is None:
+        raise ModelError(
+            f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: give prediction="
+            f"'v_prediction' for a 768-pixel model, 'epsilon' for a 512-pixel base model"
+        )
+    model = LatentModel(
+        family=family,
+        unet=on_meta(lambda: UNet(unet)),
+        vae=on_meta(lambda: VAE(vae)),
+        text=on_meta(lambda: ClipText(text)),
+        tokenizer=ClipTokenizer.clip(text.length, presets.SD2_V.pad if family == "sd2" else None),
+        schedule=dict(presets.SD_SCHEDULE),
+        prediction=presets.known_prediction(says, str(path)),
+        resolution=768 if says == "v_prediction" else 512,
+        source=str(path),
+    )
+    model.kept["single"] = fill(_parts(model), weights, dtype, device)
+    return model
+
+
+def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:
+    """Write a model beside `path` and rename it into place.
+
+    Raises ModelError for a path that is taken or no .safetensors, and for a model that a file cannot tell.
+    """
+    if path.suffix != ".safetensors":
+        raise ModelError(f"a single file is written as .safetensors; {path} ends in {path.suffix!r}")
+    if path.exists():
+        raise ModelError(f"{path} exists: choose another path, or remove it")
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(model):
+        tensors |= gather(part, dtype)
+    tensors |= model.kept.get("single", {})
+    _refuse_what_is_lost(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    spec = next(word for word, prediction in MODELSPEC.items() if prediction == model.prediction)
+    beside = path.with_name(path.name + ".part")
+    try:
+        write_safetensors(beside, tensors, {"modelspec.prediction_type": spec})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _parts(model: LatentModel) -> list[Part]:
+    """A model's networks and how a single file of its family names them."""
+    tower = "single openclip" if model.text.config.activation == "gelu" else "single"
+    return [
+        Part(model.unet, LAYOUTS["unet"]["single"]),
+        Part(model.vae, LAYOUTS["vae"]["single"]),
+        Part(model.text, LAYOUTS["text"][tower]),
+    ]
+
+
+def _stated(path: Path) -> str | None:
+    """The prediction that a .safetensors file's metadata names, if it does."""
+    said = metadata(path) if path.suffix == ".safetensors" else {}
+    return MODELSPEC.get(said.get("modelspec.prediction_type", ""))
+
+
+def _refuse_what_is_lost(model: LatentModel, found: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError unless reading the file back would give this model."""
+    where, unet = "a single file", model.unet.config
+    coarse_first = tuple(sorted(unet.attention_resolutions, reverse=True))
+    differs = {
+        "the UNet": shapes.unet_config(found, where) != replace(unet, attention_resolutions=coarse_first),
+        "the VAE": shapes.vae_config(found, where) != model.vae.config,
+        "the text transformer": shapes.text_config(found, where) != model.text.config,
+        "the vocabulary": model.tokenizer.vocabulary != clip_vocabulary(),
+        "the noise schedule": presets.SD_SCHEDULE | model.schedule != presets.SD_SCHEDULE,
+    }
+    if lost := [what for what, unlike in differs.items() if unlike]:
+        raise ModelError(f"{where} cannot hold {' and '.join(lost)} of {model.source}: save it as a folder")

@@ -1,0 +1,213 @@
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import ModelError
+from models.files import find_weights, open_tensors
+from models.pickles import Inert, read_pickle
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
+
+
+def assert_holds_state(tensors: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == STATE.keys()
+    assert all(
+        torch.equal(tensors[key], STATE[key]) and tensors[key].dtype == STATE[key].dtype for key in STATE
+    )
+
+
+class Malice:
+    """Unpickled by the ordinary reader, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (self.path, 0o777, True)
+
+
+class TestPickles:
+    def test_a_checkpoint_that_names_foreign_classes(self) -> None:
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(FIXTURES / "lightning_style.ckpt", weights_only=True)
+        tensors = open_tensors(FIXTURES / "lightning_style.ckpt")
+        assert tensors["model.diffusion_model.out.2.bias"].tolist() == [0, 1, 2, 3]
+        assert tensors["betas"].shape == (1000,)
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_nothing_in_a_file_is_run(self, tmp_path: Path, zipped: bool) -> None:
+        file, made = tmp_path / "evil.ckpt", tmp_path / "made"
+        content = {"state_dict": STATE | {"x": Malice(made)}, "hooks": [Malice(made)], Malice: Malice(made)}
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        assert_holds_state(open_tensors(file))
+        assert not made.exists()
+        torch.load(file, weights_only=False)
+        assert made.exists()  # the file was a danger indeed
+
+    @pytest.mark.parametrize(
+        "opcode", [b"cos\nmkdir\n", b"ctorch\nload\n", b"cbuiltins\neval\n", b"cbuiltins\ngetattr\n"]
+    )
+    def test_no_name_reaches_a_function(self, tmp_path: Path, opcode: bytes) -> None:
+        made = tmp_path / "made"
+        text = pickle.dumps(str(made), 2)[2:-1]
+        torch.save(STATE, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
+        legacy = (tmp_path / "file.pt").read_bytes()
+        magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+        assert legacy.startswith(magic)
+        (tmp_path / "file.pt").write_bytes(magic + b"\x80\x02" + opcode + text + b"\x85R.")
+        with pytest.raises(ModelError):
+            read_pickle(tmp_path / "file.pt")
+        assert not made.exists()
+
+    def test_torchs_own_functions_cannot_be_altered(self, tmp_path: Path) -> None:
+        before = torch._utils._rebuild_tensor_v2.__defaults__
+        set_state = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__Nstb."
+        torch.save(STATE, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
+        (tmp_path / "file.pt").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + set_state)
+        with pytest.raises(ModelError):
+            read_pickle(tmp_path / "file.pt")
+        assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+    def test_unknown_objects_keep_their_state_and_do_nothing(self, tmp_path: Path) -> None:
+        parameters = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(3))})
+        torch.save({"string_to_param": parameters, "path": Path("x")}, tmp_path / "file.pt")
+        content = read_pickle(tmp_path / "file.pt")
+        assert isinstance(content["path"], Inert)
+        assert content["string_to_param"].state["_parameters"]["*"].tolist() == [1, 1, 1]
+
+    def test_the_oldest_container(self, tmp_path: Path) -> None:
+        torch.save(STATE, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+        assert_holds_state(open_tensors(tmp_path / "old.bin"))
+
+    def test_parameters_come_as_plain_tensors(self, tmp_path: Path) -> None:
+        torch.save({key: torch.nn.Parameter(t) for key, t in STATE.items()}, tmp_path / "file.pt")
+        tensors = open_tensors(tmp_path / "file.pt")
+        assert_holds_state(tensors)
+        assert not any(t.requires_grad for t in tensors.values())
+
+    def test_a_program_is_refused(self, tmp_path: Path) -> None:
+        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
+        with pytest.raises(ModelError, match="TorchScript"):
+            read_pickle(tmp_path / "program.pt")
+
+    def test_other_things_than_tensors_by_name(self, tmp_path: Path) -> None:
+        torch.save([1, 2], tmp_path / "list.pt")
+        with pytest.raises(ModelError, match="holds a list"):
+            open_tensors(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_files_are_mapped(tmp_path: Path, lies_in: Callable[[torch.Tensor, Path], bool], name: str) -> None:
+    file = tmp_path / name
+    save_file(STATE, file) if name == "a.safetensors" else torch.save(STATE, file)
+    tensors = open_tensors(file)
+    assert_holds_state(tensors)
+    assert all(lies_in(tensor, file) for tensor in tensors.values())
+
+
+class TestUnreadable:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="there is no file"):
+            open_tensors(tmp_path / "no.safetensors")
+
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+    def test_empty(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).touch()
+        with pytest.raises(ModelError, match="is empty"):
+            open_tensors(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
+    def test_git_lfs_pointer(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265380512\n"
+        )
+        with pytest.raises(ModelError, match="git-lfs pointer.*git lfs pull"):
+            open_tensors(tmp_path / name)
+
+    @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "old.ckpt"])
+    def test_truncated(self, tmp_path: Path, name: str, share: float) -> None:
+        state = {"a": torch.ones(2000)}
+        if name == "a.safetensors":
+            save_file(state, tmp_path / name)
+        else:
+            torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "a.ckpt")
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(ModelError, match=r"truncated|does not hold"):
+            open_tensors(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+    def test_something_else(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("<html>404 Not Found, the page that you asked for does not exist</html>")
+        with pytest.raises(ModelError):
+            open_tensors(tmp_path / name)
+
+
+class TestFinding:
+    def put(self, folder: Path, *names: str) -> None:
+        for name in names:
+            (folder / name).touch()
+
+    def found(self, folder: Path, variant: str | None = None) -> list[str]:
+        return [file.name for file in find_weights(folder, ("model", "pytorch_model"), variant).files]
+
+    def test_safetensors_come_before_bin(self, tmp_path: Path) -> None:
+        self.put(tmp_path, "pytorch_model.bin", "model.fp16.safetensors")
+        assert self.found(tmp_path) == ["pytorch_model.bin"]
+        self.put(tmp_path, "model.safetensors")
+        assert self.found(tmp_path) == ["model.safetensors"]
+
+    def test_a_variant_is_asked_for(self, tmp_path: Path) -> None:
+        self.put(tmp_path, "model.safetensors", "model.fp16.safetensors", "pytorch_model.fp16.bin")
+        assert self.found(tmp_path, "fp16") == ["model.fp16.safetensors"]
+        (tmp_path / "model.fp16.safetensors").unlink()
+        assert self.found(tmp_path, "fp16") == ["pytorch_model.fp16.bin"]
+
+    def test_the_variants_there_are_are_named(self, tmp_path: Path) -> None:
+        self.put(
+            tmp_path, "model.fp16.safetensors", "model.ema.safetensors", "model.safetensors.index.bf16.json"
+        )
+        with pytest.raises(ModelError, match="variant='bf16', variant='ema', variant='fp16'"):
+            self.found(tmp_path)
+        self.put(tmp_path, "model.safetensors")
+        with pytest.raises(ModelError, match=r"none of model\.x\.safetensors.*it does hold no variant"):
+            self.found(tmp_path, "x")
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_shards(self, tmp_path: Path, variant: str | None) -> None:
+        names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        for (key, tensor), name in zip(STATE.items(), names):
+            save_file({key: tensor}, tmp_path / name)
+        dot = ".fp16" if variant else ""
+        index = {"metadata": {}, "weight_map": dict(zip(STATE, names))}
+        (tmp_path / f"model.safetensors.index{dot}.json").write_text(json.dumps(index))
+        assert self.found(tmp_path, variant) == names
+        assert_holds_state(find_weights(tmp_path, ("model",), variant).open())
+        (tmp_path / names[1]).unlink()
+        with pytest.raises(ModelError, match=f"lacks the shard {names[1]}"):
+            self.found(tmp_path, variant)
+
+    @pytest.mark.parametrize("shard", ["../x.safetensors", "a/x", "a\\x", "/etc/passwd", "..", "."])
+    def test_a_shard_stays_in_its_folder(self, tmp_path: Path, shard: str) -> None:
+        save_file(STATE, tmp_path.parent / "x.safetensors")  # there to be read, and not to be
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(ModelError, match="a shard is a bare file name"):
+            self.found(tmp_path)
+
+    @pytest.mark.parametrize(
+        "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3, "b": ""}}']
+    )
+    def test_an_index_that_is_none(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ModelError, match="not an index"):
+            self.found(tmp_path)

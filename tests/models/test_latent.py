@@ -1,0 +1,162 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import ClipTokenizer, LatentModel, ModelError, TextFeatures, presets, save
+from models.latent import PREDICTIONS
+from models.presets import PRESETS, TINY, untrained
+from models.text import ClipText
+from models.unet import UNet
+from models.vae import VAE
+from models.weights import on_meta
+
+
+@pytest.fixture
+def model() -> LatentModel:
+    torch.manual_seed(0)
+    model = untrained(TINY)
+    with torch.no_grad():  # an untrained UNet is silent: the layers that end its branches start at zero
+        for parameter in model.unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_dtype_comes_out_as_float32_or_better(model: LatentModel, dtype: torch.dtype) -> None:
+    out = torch.promote_types(dtype, torch.float32)
+    for network in (model.unet, model.vae, model.text):
+        network.to(dtype)
+    assert model.dtype == dtype
+    features = model.encode_text(model.tokenizer.encode(["a dog", ""]))
+    images = torch.rand(2, 3, 32, 64) * 2 - 1
+    moments = model.moments(images)
+    x0 = model.draw_x0(moments, torch.zeros(2, 4, 16, 32))
+    raw = model.predict(x0, torch.tensor([1, 2]), features)
+    decoded = model.decode(x0)
+    assert [t.dtype for t in (moments, x0, raw, decoded)] == [out] * 4
+    assert (moments.shape, x0.shape, raw.shape) == ((2, 8, 16, 32), (2, 4, 16, 32), (2, 4, 16, 32))
+    assert decoded.shape == images.shape
+    assert model.embedding(5).dtype == torch.float32
+
+
+def test_without_noise_a_latent_is_the_scaled_mean(model: LatentModel) -> None:
+    moments = torch.randn(2, 8, 4, 4)
+    assert torch.equal(model.draw_x0(moments, torch.zeros(2, 4, 4, 4)), 0.18215 * moments[:, :4])
+
+
+def test_decoded_images_are_clamped(model: LatentModel) -> None:
+    model.vae.decoder.conv_out.bias[:] = torch.tensor([5.0, -5.0, 0.0])
+    images = model.decode(torch.randn(1, 4, 8, 8))
+    assert images[:, 0].eq(1).all()
+    assert images[:, 1].eq(-1).all()
+    assert images[:, 2].abs().mean() < 1
+
+
+def test_only_learned_vectors_receive_a_gradient(model: LatentModel) -> None:
+    vectors = torch.randn(2, 32, requires_grad=True)
+    tokens = model.tokenizer.encode(["a <x>"], {"<x>": 2})
+    raw = model.predict(torch.randn(1, 4, 8, 8), torch.tensor([5]), model.encode_text(tokens, vectors))
+    raw.square().sum().backward()
+    assert vectors.grad.abs().sum(dim=1).min() > 0
+    assert all(p.grad is None for net in (model.unet, model.vae, model.text) for p in net.parameters())
+
+
+def test_times_may_lie_between(model: LatentModel) -> None:
+    features = TextFeatures(torch.randn(1, 32, 32))
+    first, between, last = (
+        model.predict(torch.ones(1, 4, 8, 8), torch.tensor([t]), features) for t in (10, 10.5, 11)
+    )
+    assert not torch.equal(first, between)
+    assert not torch.equal(between, last)
+
+
+class TestSizes:
+    @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 4), (4, 12)])
+    def test_latents(self, model: LatentModel, height: int, width: int) -> None:
+        shape = model.x0_shape(height, width)
+        assert shape == (4, height // 2, width // 2)
+        model.unet(torch.randn(1, *shape), torch.zeros(1), torch.randn(1, 32, 32))  # the networks do take it
+        assert model.moments(torch.randn(1, 3, height, width)).shape[2:] == shape[1:]
+
+    @pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 31), (0, 32), (-4, 4), (1, 1)])
+    def test_what_cannot_be_halved_names_the_multiple(
+        self, model: LatentModel, height: int, width: int
+    ) -> None:
+        with pytest.raises(ModelError, match=r"multiples of 4, \d+x\d+ for example"):
+            model.x0_shape(height, width)
+
+    def test_stable_diffusion_takes_multiples_of_64(self) -> None:
+        sd = on_meta(lambda: UNet(presets.SD1.unet)), on_meta(lambda: VAE(presets.SD1.vae))
+        text = on_meta(lambda: ClipText(presets.SD1.text))
+        model = LatentModel("sd1", *sd, text, ClipTokenizer.clip(), {}, "epsilon", 512, "meta")
+        assert model.x0_shape(512, 768) == (4, 64, 96)
+        with pytest.raises(ModelError, match="multiples of 64, 512x512 for example"):
+            model.x0_shape(520, 512)
+
+
+class TestReleasedEncoder:
+    def test_what_needs_it_says_so(self, model: LatentModel, tmp_path: Path) -> None:
+        model.release_encoder()
+        for use in (
+            lambda: model.moments(torch.zeros(1, 3, 8, 8)),
+            lambda: model.decode(torch.zeros(1, 4, 4, 4)),
+            lambda: save(model, tmp_path / "model"),
+        ):
+            with pytest.raises(ModelError, match="released"):
+                use()
+
+    def test_the_rest_goes_on(self, model: LatentModel) -> None:
+        moments, noise = torch.randn(1, 8, 4, 4), torch.randn(1, 4, 4, 4)
+        before = model.draw_x0(moments, noise)
+        model.release_encoder()
+        assert torch.equal(model.draw_x0(moments, noise), before)
+        assert model.x0_shape(32, 32) == (4, 16, 16)
+        assert model.to("cpu") is model
+
+    def test_its_memory_is_gone(self, model: LatentModel) -> None:
+        model.release_encoder()
+        assert all(p.is_meta for p in model.vae.parameters())
+
+
+class TestParts:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"prediction": "x0"}, "predicts 'x0'"),
+            ({"tokenizer": 600}, "vocabulary"),
+            ({"unet": {"context_dim": 64}}, "context"),
+            ({"unet": {"in_channels": 9}}, "inpainting"),
+            ({"unet": {"out_channels": 8}}, "output channels"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, model: LatentModel, change: dict, said: str) -> None:
+        if "unet" in change:
+            change = {"unet": UNet(replace(TINY.unet, **change["unet"]))}
+        if "tokenizer" in change:
+            change = {"tokenizer": ClipTokenizer.train(["a"], 600, 32)}
+        with pytest.raises(ModelError, match=said):
+            LatentModel(**(vars(model) | change))
+
+
+class TestPresets:
+    def test_the_published_models(self) -> None:
+        assert {
+            name: (p.family, p.prediction, p.resolution, p.text.layers) for name, p in PRESETS.items()
+        } == {
+            "sd1.4": ("sd1", "epsilon", 512, 12),
+            "sd1.5": ("sd1", "epsilon", 512, 12),
+            "sd2.0": ("sd2", "v_prediction", 768, 23),
+            "sd2.0-base": ("sd2", "epsilon", 512, 23),
+            "sd2.1": ("sd2", "v_prediction", 768, 23),
+            "sd2.1-base": ("sd2", "epsilon", 512, 23),
+            "tiny": ("tiny", "epsilon", 32, 2),
+        }
+        assert all(p.prediction in PREDICTIONS for p in PRESETS.values())
+
+    def test_an_untrained_model_is_frozen(self, model: LatentModel) -> None:
+        assert not any(
+            p.requires_grad for net in (model.unet, model.vae, model.text) for p in net.parameters()
+        )
+        assert not any(net.training for net in (model.unet, model.vae, model.text))

@@ -1,0 +1,598 @@
+"""Loading, saving, and agreement with the libraries whose files are read.
+
+The peers compute in float64 too. What is left is the order of summation, about 1e-15 a sum and grown by
+depth: 1e-10 of the largest value is far above that and far below any mistake.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import models
+from models import LatentModel, ModelError, presets
+from models.tokenizer import ClipTokenizer
+from models.vocabulary import clip_vocabulary, from_merges
+
+AGREEMENT = 1e-10
+ROOT = Path(__file__).parents[2]
+
+# Form of Stable Diffusion -> what its UNet and text encoder are told, everything tiny.
+UNETS: dict[str, dict[str, Any]] = {
+    "1.x": {"attention_head_dim": 4},
+    "2.x": {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
+}
+TEXTS: dict[str, dict[str, Any]] = {"1.x": {"hidden_act": "quick_gelu"}, "2.x": {"hidden_act": "gelu"}}
+
+
+def off(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def disturb(network: torch.nn.Module) -> None:
+    """Every parameter a little random, so that no norm is the identity and no bias is zero."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+class Pipeline:
+    """A tiny Stable Diffusion made by diffusers and transformers, and the folder that they saved it in."""
+
+    def __init__(self, form: str, folder: Path) -> None:
+        torch.manual_seed(0)
+        tokens = ClipTokenizer(from_merges(clip_vocabulary().merges[:500]), 16, 0 if form == "2.x" else None)
+        self.unet = diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=48,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **UNETS[form],
+        )  # fmt: skip
+        self.vae = diffusers.AutoencoderKL(
+            block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
+            up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.3, sample_size=16,
+        )  # fmt: skip
+        self.text = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=tokens.vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=16, bos_token_id=tokens.begin,
+                eos_token_id=tokens.end, **TEXTS[form],
+            )
+        )  # fmt: skip
+        prediction = {"1.x": "epsilon", "2.x": "v_prediction"}[form]
+        for part, network in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text)):
+            disturb(network)
+            network.save_pretrained(folder / part)
+            network.double().eval()
+        diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction
+        ).save_pretrained(folder / "scheduler")
+        tokens.save(folder / "tokenizer")
+        self.folder, self.form, self.tokenizer = folder, form, tokens
+
+
+@pytest.fixture(scope="module", params=["1.x", "2.x"])
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return Pipeline(request.param, tmp_path_factory.mktemp("peer"))
+
+
+@pytest.fixture(scope="module")
+def ours(peer: Pipeline) -> LatentModel:
+    return models.load(peer.folder, dtype=torch.float64, device="cpu")
+
+
+@pytest.fixture
+def copy(peer: Pipeline, tmp_path: Path) -> Path:
+    """A copy of the peer's folder, to be changed."""
+    return Path(shutil.copytree(peer.folder, tmp_path / "copy"))
+
+
+class TestAgainstDiffusers:
+    def test_what_it_is(self, ours: LatentModel, peer: Pipeline) -> None:
+        assert ours.prediction == ("epsilon" if peer.form == "1.x" else "v_prediction")
+        assert ours.schedule == presets.SD_SCHEDULE
+        assert (ours.resolution, ours.width, ours.source) == (16, 48, str(peer.folder))
+        assert (ours.unet.config.num_heads, ours.unet.config.head_channels) == (
+            (4, None) if peer.form == "1.x" else (None, 16)
+        )
+
+    def test_unet(self, ours: LatentModel, peer: Pipeline) -> None:
+        x_t, t, context = (
+            torch.randn(2, 4, 8, 12).double(),
+            torch.tensor([3, 977]),
+            torch.randn(2, 16, 48).double(),
+        )
+        with torch.no_grad():
+            theirs = peer.unet(x_t, t, context).sample
+        assert off(ours.predict(x_t, t, models.TextFeatures(context)), theirs) < AGREEMENT
+
+    def test_moments(self, ours: LatentModel, peer: Pipeline) -> None:
+        images = torch.rand(2, 3, 16, 24).double() * 2 - 1
+        with torch.no_grad():
+            theirs = peer.vae.encode(images).latent_dist.parameters
+        assert off(ours.moments(images), theirs) < AGREEMENT
+
+    def test_decoding(self, ours: LatentModel, peer: Pipeline) -> None:
+        x0 = torch.randn(2, 4, 8, 12).double()
+        with torch.no_grad():
+            theirs = peer.vae.decode(x0 / 0.3).sample
+        assert off(ours.vae.decode(x0), theirs) < AGREEMENT
+        assert torch.equal(ours.decode(x0), ours.vae.decode(x0).clamp(-1, 1))
+
+    def test_drawing_a_latent(self, ours: LatentModel, peer: Pipeline) -> None:
+        moments, noise = torch.randn(2, 8, 4, 4).double() * 20, torch.randn(2, 4, 4, 4).double()
+        distribution = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(moments)
+        theirs = 0.3 * (distribution.mean + distribution.std * noise)
+        assert off(ours.draw_x0(moments, noise), theirs) < AGREEMENT
+
+    def test_text(self, ours: LatentModel, peer: Pipeline) -> None:
+        tokens = ours.tokenizer.encode(["a picture of a dog", "", "the snow"])
+        with torch.no_grad():
+            theirs = peer.text(tokens.ids).last_hidden_state
+        assert off(ours.encode_text(tokens).context, theirs) < AGREEMENT
+
+    def test_gradient_on_learned_vectors(self, ours: LatentModel, peer: Pipeline) -> None:
+        """Against the usual way: a table with more rows, trained as a whole."""
+        size, vectors = ours.tokenizer.vocab_size, torch.randn(3, 48).double()
+        tokens = ours.tokenizer.encode(["a <x> and <x>", "in <y> style"], {"<x>": 2, "<y>": 1})
+        target = torch.randn(2, 16, 48).double()
+
+        extended = transformers.CLIPTextModel(peer.text.config).double()
+        extended.load_state_dict(peer.text.state_dict())
+        extended.resize_token_embeddings(size + 3, mean_resizing=False)
+        with torch.no_grad():
+            extended.get_input_embeddings().weight[size:] = vectors
+        loss = (extended(tokens.ids).last_hidden_state - target).square().mean()
+        theirs = torch.autograd.grad(loss, extended.get_input_embeddings().weight)[0][size:]
+
+        vectors.requires_grad_()
+        loss = (ours.encode_text(tokens, vectors).context - target).square().mean()
+        assert off(torch.autograd.grad(loss, vectors)[0], theirs) < AGREEMENT
+        assert all(row.abs().max() > 0 for row in theirs)
+
+    def test_embedding(self, ours: LatentModel, peer: Pipeline) -> None:
+        row = ours.embedding(320)
+        assert row.dtype == torch.float32
+        assert torch.equal(row, peer.text.get_input_embeddings().weight[320].float())
+
+
+class TestFolders:
+    @pytest.mark.parametrize("prefixed", [True, False])
+    def test_both_namings_of_the_text_encoder(self, ours: LatentModel, copy: Path, prefixed: bool) -> None:
+        file = copy / "text_encoder" / "model.safetensors"
+        bare = {name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
+        save_file({("text_model." if prefixed else "") + name: tensor for name, tensor in bare.items()}, file)
+        model = models.load(copy, dtype=torch.float64)
+        assert model.names["text"] == ("diffusers" if prefixed else "diffusers flat")
+        assert_equal(model, ours)
+
+    def test_old_names_of_the_vaes_attention(self, ours: LatentModel, copy: Path) -> None:
+        file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = load_file(file)
+        for new, name in old.items():
+            tensors = {
+                key.replace(f"attentions.0.{new}", f"attentions.0.{name}"): t for key, t in tensors.items()
+            }
+        save_file(tensors, file)
+        model = models.load(copy, dtype=torch.float64)
+        assert_equal(model, ours)
+        models.save(models.load(copy), copy.parent / "again")
+        assert_same_tensors(copy.parent / "again" / "vae" / "diffusion_pytorch_model.safetensors", file)
+
+    def test_pickled_weights(self, ours: LatentModel, copy: Path) -> None:
+        for file in list(copy.rglob("*.safetensors")):
+            stem = {"model": "pytorch_model"}.get(file.stem, file.stem)
+            torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+            file.unlink()
+        assert_equal(models.load(copy, dtype=torch.float64), ours)
+
+    def test_a_variant(self, ours: LatentModel, copy: Path) -> None:
+        for file in list(copy.rglob("*.safetensors")):
+            save_file(
+                {k: t.half() for k, t in load_file(file).items()},
+                file.with_name(f"{file.stem}.fp16.safetensors"),
+            )
+            file.unlink()
+        with pytest.raises(ModelError, match="it does hold variant='fp16'"):
+            models.load(copy)
+        model = models.load(copy, variant="fp16")
+        assert model.dtype == torch.float32  # float16 in the file, and this is a CPU
+        assert all(
+            torch.equal(p, q.half().float()) for p, q in zip(model.unet.parameters(), ours.unet.parameters())
+        )
+
+    def test_without_tokenizer_or_scheduler_prediction_is_asked_for(self, copy: Path) -> None:
+        shutil.rmtree(copy / "scheduler")
+        with pytest.raises(ModelError, match="does not say what it predicts"):
+            models.load(copy)
+        assert models.load(copy, prediction="v_prediction").prediction == "v_prediction"
+
+    def test_the_callers_prediction_wins(self, copy: Path) -> None:
+        assert models.load(copy, prediction="v_prediction").prediction == "v_prediction"
+        with pytest.raises(ModelError, match="'sample'"):
+            models.load(copy, prediction="sample")
+
+    def test_auto(self, copy: Path) -> None:
+        assert models.load(copy, dtype="auto", device="cpu").dtype in (torch.bfloat16, torch.float32)
+
+    def test_float16_on_a_cpu(self, copy: Path) -> None:
+        with pytest.raises(ModelError, match="hundreds of times slower"):
+            models.load(copy, dtype=torch.float16, device="cpu")
+
+    @pytest.mark.parametrize(
+        ("part", "key", "value"),
+        [
+            ("unet", "act_fn", "gelu"), ("unet", "class_embed_type", "timestep"), ("unet", "norm_eps", 1e-6),
+            ("unet", "down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
+            ("unet", "attention_head_dim", [3, 5]),
+            ("unet", "block_out_channels", [64, 96]), ("unet", "layers_per_block", [1, 2]),
+            ("unet", "cross_attention_dim", None), ("vae", "shift_factor", 0.1),
+            ("vae", "use_quant_conv", False),
+            ("text_encoder", "hidden_act", "relu"), ("text_encoder", "layer_norm_eps", 1e-6),
+            ("scheduler", "trained_betas", [0.1, 0.2]), ("scheduler", "prediction_type", "sample"),
+        ],
+    )  # fmt: skip
+    def test_settings_that_are_not_supported_are_named(
+        self, copy: Path, part: str, key: str, value: Any
+    ) -> None:
+        file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        with pytest.raises(ModelError) as error:
+            models.load(copy)
+        assert part in str(error.value) or key == "prediction_type"
+
+    def test_parts_that_do_not_fit_each_other(self, copy: Path) -> None:
+        file = copy / "unet" / "config.json"
+        for key, value, said in (
+            ("cross_attention_dim", 32, "text's width differ, 32 and 48"),
+            ("in_channels", 9, "inpainting"),
+            ("out_channels", 8, "output channels"),
+        ):
+            written = file.read_text()
+            file.write_text(json.dumps(json.loads(written) | {key: value}))
+            with pytest.raises(ModelError, match=said):
+                models.load(copy)
+            file.write_text(written)
+        ClipTokenizer.train(["a"], 600).save(copy / "tokenizer")
+        with pytest.raises(ModelError, match="vocabulary"):
+            models.load(copy)
+
+    @pytest.mark.parametrize("what", ["unet/config.json", "text_encoder/config.json", "unet", "vae"])
+    def test_what_is_missing_is_named(self, copy: Path, what: str) -> None:
+        shutil.rmtree(copy / what) if (copy / what).is_dir() else (copy / what).unlink()
+        with pytest.raises(ModelError, match=what):
+            models.load(copy)
+
+    def test_a_missing_weight_is_named(self, copy: Path) -> None:
+        file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        del tensors["conv_in.bias"]
+        save_file(tensors, file)
+        with pytest.raises(ModelError, match=r"conv_in\.bias \(32,\) is missing"):
+            models.load(copy)
+
+    def test_other_families_are_told_apart(self, copy: Path) -> None:
+        (copy / "text_encoder_2").mkdir()
+        with pytest.raises(ModelError, match="text_encoder_2"):
+            models.load(copy)
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="a model folder has"):
+            models.load(tmp_path)
+
+    def test_broken_json(self, copy: Path) -> None:
+        (copy / "vae" / "config.json").write_text("{")
+        with pytest.raises(ModelError, match="not readable JSON"):
+            models.load(copy)
+
+
+def assert_equal(a: LatentModel, b: LatentModel) -> None:
+    for x, y in ((a.unet, b.unet), (a.vae, b.vae), (a.text, b.text)):
+        assert x.config == y.config
+        assert x.state_dict().keys() == y.state_dict().keys()
+        for name, tensor in x.state_dict().items():
+            assert torch.equal(tensor, y.state_dict()[name]), name
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
+
+
+def as_list(setting: Any) -> Any:
+    return list(setting) if isinstance(setting, tuple) else setting  # JSON has no tuples
+
+
+class TestSavingFolders:
+    def test_what_went_in_comes_out_equal(self, copy: Path, tmp_path: Path) -> None:
+        file = copy / "text_encoder" / "model.safetensors"
+        positions = {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+        flat = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(file).items()}
+        save_file(flat | positions, file)
+        model = models.load(copy)
+        models.save(model, tmp_path / "again")
+        for file in copy.rglob("*.safetensors"):
+            assert_same_tensors(tmp_path / "again" / file.relative_to(copy), file)
+        again = models.load(tmp_path / "again")
+        assert_equal(again, model)
+        assert (again.schedule, again.prediction, again.resolution) == (model.schedule, model.prediction, 16)
+        assert again.tokenizer.vocabulary == model.tokenizer.vocabulary
+        assert again.tokenizer.pad == model.tokenizer.pad
+
+    def test_diffusers_reads_it(self, peer: Pipeline, tmp_path: Path) -> None:
+        models.save(models.load(peer.folder), tmp_path / "again")
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "again")
+        for ours, theirs in ((pipe.unet, peer.unet), (pipe.vae, peer.vae), (pipe.text_encoder, peer.text)):
+            assert ours.state_dict().keys() == theirs.state_dict().keys()
+            assert all(torch.equal(t, theirs.state_dict()[n].float()) for n, t in ours.state_dict().items())
+        for key in ("attention_head_dim", "block_out_channels", "use_linear_projection", "down_block_types"):
+            assert as_list(pipe.unet.config[key]) == as_list(peer.unet.config[key]), key
+        assert pipe.scheduler.config.prediction_type == ("epsilon" if peer.form == "1.x" else "v_prediction")
+        assert pipe.tokenizer("a dog", padding="max_length")["input_ids"] == (
+            peer.tokenizer.encode(["a dog"]).ids[0].tolist()
+        )
+
+    def test_in_another_dtype(self, peer: Pipeline, tmp_path: Path) -> None:
+        models.save(models.load(peer.folder), tmp_path / "half", dtype=torch.float16)
+        dtypes = {
+            t.dtype for file in (tmp_path / "half").rglob("*.safetensors") for t in load_file(file).values()
+        }
+        assert dtypes == {torch.float16}
+
+    def test_a_model_folder_is_replaced_and_nothing_is_left_beside(self, copy: Path) -> None:
+        model = models.load(copy)
+        (copy / "model_index.json").write_text("{}")
+        (copy / "stray.txt").touch()
+        models.save(model, copy)
+        assert not (copy / "stray.txt").exists()
+        assert [file.name for file in copy.parent.iterdir()] == ["copy"]
+        assert_equal(models.load(copy), model)  # the model still reads from the files that were replaced
+
+    def test_other_content_is_left_alone(self, peer: Pipeline, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.json").touch()
+        with pytest.raises(ModelError, match="not a model folder"):
+            models.save(models.load(peer.folder), tmp_path / "run")
+        assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.json"]
+
+    def test_failure_leaves_nothing(
+        self, peer: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError("disk full")
+
+        model = models.load(peer.folder)
+        monkeypatch.setattr("models.configs.write_schedule", fail)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(model, tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_stem_that_diffusers_cannot_say(self, tmp_path: Path) -> None:
+        from dataclasses import replace
+
+        wide = replace(presets.TINY, unet=replace(presets.TINY.unet, channel_mult=(2, 4)))
+        with pytest.raises(ModelError, match="begin with 1"):
+            models.save(presets.untrained(wide), tmp_path / "model")
+
+    def test_a_layout_that_there_is_not(self, peer: Pipeline, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="'diffusers' or 'single'"):
+            models.save(models.load(peer.folder), tmp_path / "x", "ggml")
+
+
+def single(form: str) -> presets.Preset:
+    """A model as small as a single file can say what it is: its text has the family's width."""
+    from dataclasses import replace
+
+    tiny, sd = presets.TINY, presets.SD1 if form == "1.x" else presets.SD2_V
+    text = replace(sd.text, layers=2, mlp_width=64)
+    heads = {"num_heads": 8} if form == "1.x" else {"num_heads": None, "head_channels": 64}
+    channels = 64 if form == "2.x" else 32
+    unet = replace(
+        tiny.unet, model_channels=channels, context_dim=text.width, linear_proj=form == "2.x", **heads
+    )
+    return replace(sd, unet=unet, vae=tiny.vae, text=text)
+
+
+@pytest.fixture(scope="module", params=["1.x", "2.x"])
+def model(request: pytest.FixtureRequest) -> LatentModel:
+    torch.manual_seed(0)
+    model = presets.untrained(single(request.param))
+    for network in (model.unet, model.vae, model.text):
+        disturb(network.bfloat16())  # half the bytes: the token table alone has 40 million numbers
+    return model
+
+
+@pytest.fixture(scope="module")
+def file(model: LatentModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    models.save(model, path, "single")
+    return path
+
+
+OPENCLIP = "cond_stage_model.model."
+KEPT: dict[str, dict[str, Callable[[], Tensor]]] = {
+    "sd1": {
+        "betas": lambda: torch.linspace(0, 1, 1000, dtype=torch.float64),
+        "model_ema.diffusion_modelinput_blocks00weight": lambda: torch.randn(3),
+        "model_ema.num_updates": lambda: torch.tensor(7, dtype=torch.int32),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": lambda: torch.arange(77)[None],
+    },
+    "sd2": {
+        "sqrt_one_minus_alphas_cumprod": lambda: torch.rand(1000),
+        OPENCLIP + "logit_scale": lambda: torch.tensor(4.6),
+        OPENCLIP + "text_projection": lambda: torch.randn(8, 8),
+        OPENCLIP + "attn_mask": lambda: torch.zeros(77, 77),
+        OPENCLIP + "transformer.resblocks.2.ln_1.weight": lambda: torch.randn(8),
+    },
+}
+
+
+class TestSingleFiles:
+    def test_round_trip(self, model: LatentModel, file: Path) -> None:
+        again = models.load(file)
+        assert_equal(again, model)
+        assert (again.family, again.prediction) == (model.family, model.prediction)
+        assert again.resolution == (512 if model.family == "sd1" else 768)
+        assert again.tokenizer.pad == (49407 if model.family == "sd1" else 0)
+        assert again.schedule == presets.SD_SCHEDULE
+
+    def test_a_published_file_comes_out_equal(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        tensors = load_file(file) | {name: make() for name, make in KEPT[model.family].items()}
+        torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "a.ckpt")
+        loaded = models.load(tmp_path / "a.ckpt", prediction=model.prediction)
+        assert_equal(loaded, model)
+        models.save(loaded, tmp_path / "b.safetensors", "single")
+        written = load_file(tmp_path / "b.safetensors")
+        assert written.keys() == tensors.keys()
+        assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+
+    def test_from_one_layout_to_the_other(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        models.save(models.load(file), tmp_path / "folder")
+        folder = models.load(tmp_path / "folder")
+        assert_equal(folder, model)
+        assert (folder.family, folder.resolution) == (model.family, model.resolution)
+        assert folder.tokenizer.pad == model.tokenizer.pad
+        models.save(folder, tmp_path / "file.safetensors", "single")
+        assert_same_tensors(tmp_path / "file.safetensors", file)
+
+    def test_prediction(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        save_file(load_file(file), tmp_path / "silent.safetensors")
+        if model.family == "sd1":
+            assert models.load(tmp_path / "silent.safetensors").prediction == "epsilon"
+            return
+        with pytest.raises(ModelError, match="'v_prediction' for a 768-pixel model, 'epsilon' for a 512"):
+            models.load(tmp_path / "silent.safetensors")
+        base = models.load(tmp_path / "silent.safetensors", prediction="epsilon")
+        assert (base.prediction, base.resolution) == ("epsilon", 512)
+
+    def test_what_is_wrong_is_named(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        tensors, bad = load_file(file), tmp_path / "bad.safetensors"
+        for name, tensor, said in (
+            ("model.diffusion_model.out.2.bias", None, "is missing"),
+            ("model.diffusion_model.input_blocks.0.0.weight", None, "is missing"),
+            ("model.diffusion_model.input_blocks.0.0.weight", torch.ones(3), "has shape"),
+            (
+                "first_stage_model.quant_conv.weight",
+                torch.ones(8, 4, 1, 1),
+                r"\(8, 4, 1, 1\), expected \(8, 8, 1, 1\)",
+            ),
+            ("control_model.x", torch.ones(2), "is not known"),
+        ):
+            changed = {k: t for k, t in tensors.items() if k != name} | (
+                {} if tensor is None else {name: tensor}
+            )
+            save_file(changed, bad)
+            with pytest.raises(ModelError, match=f"{name}.*{said}"):
+                models.load(bad, prediction="epsilon")
+
+    def test_other_files(self, tmp_path: Path) -> None:
+        save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "word.safetensors")
+        with pytest.raises(ModelError, match="no Stable Diffusion checkpoint"):
+            models.load(tmp_path / "word.safetensors")
+        xl = {"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.out.2.bias": torch.ones(4)}
+        save_file(xl, tmp_path / "xl.safetensors")
+        with pytest.raises(ModelError, match="Stable Diffusion XL"):
+            models.load(tmp_path / "xl.safetensors")
+
+    def test_an_existing_file_is_left_alone(self, model: LatentModel, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_text("mine")
+        with pytest.raises(ModelError, match="exists"):
+            models.save(model, tmp_path / "model.safetensors", "single")
+        with pytest.raises(ModelError, match=r"written as \.safetensors"):
+            models.save(model, tmp_path / "model.ckpt", "single")
+        assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+    def test_what_a_single_file_cannot_say_is_refused(self, model: LatentModel, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="neither Stable Diffusion 1.x"):
+            models.save(presets.untrained(presets.TINY), tmp_path / "tiny.safetensors", "single")
+        linear = dict(vars(model)) | {"schedule": {"name": "linear"}}
+        with pytest.raises(ModelError, match="the noise schedule"):
+            models.save(LatentModel(**linear), tmp_path / "linear.safetensors", "single")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestNames:
+    def test_the_embedded_model_goes_by_its_name(
+        self, peer: Pipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("models.loading.EMBEDDED", {"emoji": peer.folder})
+        model = models.load("emoji")
+        assert (model.family, model.source) == ("emoji", "emoji")
+
+    @pytest.mark.parametrize(
+        "source", ["no such thing", "no/such/folder", "./a/b", "missing.safetensors", "emojis"]
+    )
+    def test_nothing_of_that_name(self, source: str) -> None:
+        with pytest.raises(ModelError, match=r"there is no (file|folder)"):
+            models.load(source)
+
+    def test_no_network_and_no_cache(self, tmp_path: Path) -> None:
+        """In a process of its own: the hub's client reads its environment when it is imported."""
+        code = (
+            "import models\ntry: models.load('someone/some-model')\nexcept models.ModelError as e: print(e)"
+        )
+        environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert "someone/some-model is neither a folder here nor in the download cache" in run.stdout
+
+    def test_a_hub_id(self, peer: Pipeline, ours: LatentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[list[str]] = []
+
+        def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+            assert repository == "someone/tiny"
+            asked.append(allow_patterns)
+            return str(peer.folder)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        assert_equal(models.load("someone/tiny", dtype=torch.float64), ours)
+        assert len(asked) == 1
+        assert "unet/diffusion_pytorch_model.safetensors" in asked[0]
+        assert not any(pattern.endswith(".bin") for pattern in asked[0])
+
+    def test_a_hub_id_without_safetensors(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[list[str]] = []
+        for file in list(copy.rglob("*.safetensors")):
+            file.unlink()
+
+        def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+            asked.append(allow_patterns)
+            return str(copy)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        with pytest.raises(ModelError, match="holds none of"):
+            models.load("someone/tiny", variant="fp16")
+        assert "text_encoder/pytorch_model.fp16.bin" in asked[1]
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            ("RepositoryNotFoundError", "has no repository"),
+            ("GatedRepoError", "licence"),
+            ("OSError", "cannot be fetched"),
+        ],
+    )
+    def test_what_the_hub_answers(self, monkeypatch: pytest.MonkeyPatch, error: str, said: str) -> None:
+        from huggingface_hub import errors
+
+        kind = OSError if error == "OSError" else getattr(errors, error)
+
+        def snapshot_download(*_: object, **__: object) -> str:
+            raise kind.__new__(kind) if error != "OSError" else OSError("disk full")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        with pytest.raises(ModelError, match=said):
+            models.load("someone/some-model")

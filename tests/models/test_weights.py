@@ -1,0 +1,153 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models import ModelError, presets
+from models.files import Weights
+from models.renaming import LAYOUTS
+from models.text import ClipText
+from models.vae import VAE
+from models.weights import Part, best_layout, choose_dtype, cpu_has_bfloat16, fill, gather, on_meta
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LAYOUT = LAYOUTS["text"]["diffusers"]
+KEY = "text_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def text() -> ClipText:
+    return ClipText(presets.TINY.text)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[ClipText, dict[str, Tensor], Path]:
+    network = text()
+    tensors = gather(Part(network, LAYOUT))
+    save_file(tensors, tmp_path / "model.safetensors")
+    return network, tensors, tmp_path / "model.safetensors"
+
+
+def read(path: Path, dtype: torch.dtype | str | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+    network = on_meta(text)
+    return network, fill([Part(network, LAYOUT)], Weights((path,)), dtype, CPU)
+
+
+def test_a_network_on_the_meta_device_has_no_numbers() -> None:
+    network = on_meta(text)
+    assert all(p.is_meta and not p.requires_grad for p in network.parameters())
+    assert not network.training
+
+
+def test_parameters_are_the_file_itself(
+    saved: tuple[ClipText, dict[str, Tensor], Path], lies_in: Callable[[Tensor, Path], bool]
+) -> None:
+    network, kept = read(saved[2])
+    assert kept == {}
+    for name, parameter in network.named_parameters():
+        assert lies_in(parameter, saved[2]), name
+        assert torch.equal(parameter, saved[0].state_dict()[name])
+        assert not parameter.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_conversion(saved: tuple[ClipText, dict[str, Tensor], Path], dtype: torch.dtype) -> None:
+    network, _ = read(saved[2], dtype)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, saved[0].state_dict()[name].to(dtype)), name
+
+
+def test_conversion_of_a_model_in_many_batches(
+    saved: tuple[ClipText, dict[str, Tensor], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.weights.AT_ONCE", 1000)
+    network, _ = read(saved[2], torch.bfloat16)
+    assert all(torch.equal(p, saved[0].state_dict()[n].bfloat16()) for n, p in network.named_parameters())
+
+
+def test_published_but_unused_tensors_are_kept(saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
+    extra = {"text_model.embeddings.position_ids": torch.arange(32)[None]}
+    save_file(saved[1] | extra, saved[2])
+    _, kept = read(saved[2])
+    assert kept.keys() == extra.keys()
+    assert torch.equal(kept["text_model.embeddings.position_ids"], torch.arange(32)[None])
+
+
+class TestStrictness:
+    def refused(self, tensors: dict[str, Tensor], path: Path) -> str:
+        save_file(tensors, path)
+        with pytest.raises(ModelError) as error:
+            read(path)
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    def test_a_missing_tensor_is_named(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
+        del saved[1][KEY]
+        assert f"{KEY} (64, 32) is missing" in self.refused(saved[1], saved[2])
+
+    def test_an_unknown_tensor_is_named(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
+        said = self.refused(saved[1] | {"text_model.head.weight": torch.ones(3, 2)}, saved[2])
+        assert "text_model.head.weight (3, 2) is not known" in said
+
+    @pytest.mark.parametrize("shape", [(64, 33), (32, 64), (64, 32, 1, 1)])
+    def test_both_shapes_are_named(
+        self, saved: tuple[ClipText, dict[str, Tensor], Path], shape: tuple[int, ...]
+    ) -> None:
+        said = self.refused(saved[1] | {KEY: torch.ones(shape)}, saved[2])
+        assert f"{KEY} {shape}, expected (64, 32) is of another shape" in said
+
+    def test_everything_wrong_is_one_error(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
+        del saved[1][KEY]
+        wrong = {"x": torch.ones(1), "text_model.final_layer_norm.bias": torch.ones(5)}
+        said = self.refused(saved[1] | wrong, saved[2])
+        assert all(word in said for word in (KEY, "x (1,)", "text_model.final_layer_norm.bias (5,)", "(32,)"))
+
+    def test_a_long_list_is_cut(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
+        said = self.refused({"x": torch.ones(1)}, saved[2])
+        assert f"and {len(saved[1]) - 8} more are missing" in said
+
+    def test_integers_are_no_weights(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
+        said = self.refused(saved[1] | {KEY: torch.ones(64, 32, dtype=torch.int8)}, saved[2])
+        assert f"{KEY} torch.int8 is of another dtype" in said
+
+
+def test_the_layout_of_a_file_is_recognised() -> None:
+    for role, make in (("text", text), ("vae", lambda: VAE(presets.TINY.vae))):
+        network = make()
+        for name, layout in LAYOUTS[role].items():
+            assert best_layout(on_meta(make), LAYOUTS[role], gather(Part(network, layout))) == name
+
+
+class TestDtype:
+    def test_none_is_the_files_own(self) -> None:
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            assert choose_dtype(None, dtype, CPU) == dtype
+        assert choose_dtype(None, torch.float16, GPU) == torch.float16
+
+    def test_float16_becomes_float32_on_a_cpu(self) -> None:
+        assert choose_dtype(None, torch.float16, CPU) == torch.float32
+
+    @pytest.mark.parametrize(("fast", "instead"), [(True, "use bfloat16"), (False, "use float32")])
+    def test_float16_asked_for_on_a_cpu(
+        self, monkeypatch: pytest.MonkeyPatch, fast: bool, instead: str
+    ) -> None:
+        monkeypatch.setattr("models.weights.cpu_has_bfloat16", lambda: fast)
+        with pytest.raises(ModelError, match=f"hundreds of times slower.*{instead}"):
+            choose_dtype(torch.float16, torch.float32, CPU)
+        assert choose_dtype(torch.float16, torch.float32, GPU) == torch.float16
+
+    def test_auto(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+            monkeypatch.setattr("models.weights.cpu_has_bfloat16", lambda fast=fast: fast)
+            assert choose_dtype("auto", torch.float32, CPU) == dtype
+        assert choose_dtype("auto", torch.float32, GPU) == torch.float16
+
+    @pytest.mark.parametrize("wanted", [torch.int8, "float32", 16])
+    def test_others_are_refused(self, wanted: object) -> None:
+        with pytest.raises(ModelError, match="'auto'"):
+            choose_dtype(wanted, torch.float32, CPU)
+
+    def test_this_processor_answers(self) -> None:
+        assert isinstance(cpu_has_bfloat16(), bool)
