@@ -1,0 +1,51 @@
+"""The diffusion process: numbers and steps. Knows no network."""
+
+from diffusion.denoiser import Denoiser, Prediction, predict
+from diffusion.errors import DiffusionError
+from diffusion.objective import hybrid_loss, min_snr_weight, mse, target, variational_bound
+from diffusion.samplers import (
+    SAMPLERS,
+    State,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    draw,
+    euler,
+    euler_ancestral,
+    last,
+    plms,
+)
+from diffusion.schedule import LAST, Level, Schedule
+from diffusion.times import default_levels, from_strength, karras, leading, linspace, respaced, trailing
+
+__all__ = [
+    "LAST",
+    "SAMPLERS",
+    "Denoiser",
+    "DiffusionError",
+    "Level",
+    "Prediction",
+    "Schedule",
+    "State",
+    "ddim",
+    "ddpm",
+    "default_levels",
+    "dpmpp_2m",
+    "draw",
+    "euler",
+    "euler_ancestral",
+    "from_strength",
+    "hybrid_loss",
+    "karras",
+    "last",
+    "leading",
+    "linspace",
+    "min_snr_weight",
+    "mse",
+    "plms",
+    "predict",
+    "respaced",
+    "target",
+    "trailing",
+    "variational_bound",
+]

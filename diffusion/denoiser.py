@@ -1,0 +1,96 @@
+"""What a network says about a noisy batch, in the form that every sampler takes.
+
+Three parametrisations name the same thing (Salimans & Ho 2022), with a = alpha_bar:
+
+    x_t = sqrt(a) x_0 + sqrt(1 - a) eps,        v = sqrt(a) eps - sqrt(1 - a) x_0,
+
+so each of eps, x_0 and v gives the other two. A `Prediction` carries both x_0 and eps, because neither alone
+survives the ends: at a = 0 (zero terminal SNR) x_0 cannot be had from eps, and near a = 1 eps drowns in x_0.
+
+A classifier's gradient travels with the prediction and is applied by the step, since there are two rules:
+ancestral steps shift the mean by Sigma · guide (Dhariwal & Nichol 2021, algorithm 1), deterministic ones
+correct the score, eps - sqrt(1 - a) · guide (algorithm 2): `guided`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from diffusion.errors import DiffusionError
+from diffusion.schedule import Level, coefficient
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A prediction at one noise level.
+
+    x0, eps: (B, C, H, W), consistent with x_t. var_frac: (B, C, H, W) or None, where the variance lies
+    between the posterior's (0) and beta (1) on a log scale; a network's raw output u in [-1, 1] is (u + 1)
+    / 2. guide: (B, C, H, W) or None, s · ∇ log p(y | x_t), taken at x_t.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    var_frac: Tensor | None = None
+    guide: Tensor | None = None
+
+    @classmethod
+    def from_eps(cls, x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> "Prediction":
+        """x_t, eps: (B, …). alpha_bar: a float, or (B,) float64. Raises DiffusionError where it is 0."""
+        if (alpha_bar == 0).any() if isinstance(alpha_bar, Tensor) else alpha_bar == 0:
+            raise DiffusionError(
+                "predicted noise says nothing about pure noise (alpha_bar = 0): zero terminal SNR needs a "
+                "network that predicts v or x0"
+            )
+        noise = coefficient((1 - alpha_bar) ** 0.5, x_t) * eps
+        return cls((x_t - noise) / coefficient(alpha_bar**0.5, x_t), eps)
+
+    @classmethod
+    def from_x0(cls, x_t: Tensor, x0: Tensor, alpha_bar: float | Tensor) -> "Prediction":
+        """x_t, x0: (B, …). alpha_bar: a float, or (B,) float64, below 1."""
+        signal = coefficient(alpha_bar**0.5, x_t) * x0
+        return cls(x0, (x_t - signal) / coefficient((1 - alpha_bar) ** 0.5, x_t))
+
+    @classmethod
+    def from_v(cls, x_t: Tensor, v: Tensor, alpha_bar: float | Tensor) -> "Prediction":
+        """x_t, v: (B, …). alpha_bar: a float, or (B,) float64, from 0 to 1: exact at both ends."""
+        signal, noise = coefficient(alpha_bar**0.5, x_t), coefficient((1 - alpha_bar) ** 0.5, x_t)
+        return cls(signal * x_t - noise * v, signal * v + noise * x_t)
+
+    def clamped(self, x_t: Tensor, level: Level) -> "Prediction":
+        """x_0 clipped to [-1, 1], eps made consistent with it (pixels, not latents). x_t: (B, C, H, W)."""
+        clipped = Prediction.from_x0(x_t, self.x0.clamp(-1, 1), level.alpha_bar)
+        return replace(self, x0=clipped.x0, eps=clipped.eps)
+
+    def guided(self, x_t: Tensor, level: Level) -> "Prediction":
+        """The guide folded into the score (Dhariwal & Nichol 2021, algorithm 2); unchanged without one.
+
+        x_t: (B, C, H, W). Raises DiffusionError for a guide at alpha_bar = 0.
+        """
+        if self.guide is None:
+            return self
+        eps = self.eps - (1 - level.alpha_bar) ** 0.5 * self.guide
+        return replace(self, x0=Prediction.from_eps(x_t, eps, level.alpha_bar).x0, eps=eps, guide=None)
+
+
+class Denoiser(Protocol):
+    """Anything that predicts at a noise level; a prompt, a class or a guidance is bound beforehand."""
+
+    def __call__(self, x_t: Tensor, level: Level) -> Prediction:
+        """x_t: (B, C, H, W) with variance preserved, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
+        ...
+
+
+FORMS = {"epsilon": Prediction.from_eps, "v_prediction": Prediction.from_v, "sample": Prediction.from_x0}
+
+
+def predict(form: str, x_t: Tensor, output: Tensor, alpha_bar: float | Tensor) -> Prediction:
+    """A network's raw output as a Prediction.
+
+    form: `epsilon`, `v_prediction` or `sample`, as diffusers' configurations call them. x_t, output: (B, …).
+    Raises DiffusionError for another form.
+    """
+    if form not in FORMS:
+        raise DiffusionError(f"no network predicts {form!r} here; there are {', '.join(FORMS)}")
+    return FORMS[form](x_t, output, alpha_bar)

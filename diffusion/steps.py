@@ -1,0 +1,93 @@
+"""Single steps from one noise level to a lower one.
+
+A step is pure: x_t, a prediction and two levels in, x_s out, and any noise is an argument. x_t and x_s
+preserve the variance, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. A classifier's guide, where
+a prediction carries one, moves the mean of an ancestral step and the score of every other.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion.denoiser import Prediction
+from diffusion.errors import DiffusionError
+from diffusion.posterior import learned_log_variance, posterior_mean, posterior_variance, step_beta
+from diffusion.schedule import Level
+
+VARIANCES = ("small", "large", "learned")
+TINY = 1e-20  # below every variance that a step has, above what a logarithm refuses
+
+
+def ddpm_step(
+    x_t: Tensor,
+    prediction: Prediction,
+    level: Level,
+    lower: Level,
+    noise: Tensor,
+    variance: str = "small",
+    floor: float = TINY,
+) -> Tensor:
+    """A draw from p(x_s | x_t) (Ho et al. 2020, algorithm 2), its mean shifted by variance · guide.
+
+    x_t, noise: (B, C, H, W). variance: `small` (the posterior's), `large` (beta), or `learned`, between
+    them on a log scale. floor: the low end of a learned variance where `lower` is clean and the posterior
+    has none; nothing random is added there, but a guide still moves the mean. Returns (B, C, H, W). Raises
+    DiffusionError for another variance, or a learned one that the prediction does not carry.
+    """
+    mean = posterior_mean(prediction.x0, x_t, level.alpha_bar, lower.alpha_bar)
+    small = posterior_variance(level.alpha_bar, lower.alpha_bar)
+    large = step_beta(level.alpha_bar, lower.alpha_bar)
+    if variance == "learned":
+        if prediction.var_frac is None:
+            raise DiffusionError("this network does not predict a variance: take variance 'small' or 'large'")
+        value = torch.exp(learned_log_variance(prediction.var_frac, max(small, floor), large))
+    elif variance in VARIANCES:
+        value = small if variance == "small" else large
+    else:
+        raise DiffusionError(f"no variance is called {variance!r}; there are {', '.join(VARIANCES)}")
+    if prediction.guide is not None:
+        mean = mean + value * prediction.guide  # Dhariwal & Nichol 2021, algorithm 1
+    return mean if lower.alpha_bar == 1 else mean + value**0.5 * noise
+
+
+def ddim_step(
+    x_t: Tensor,
+    prediction: Prediction,
+    level: Level,
+    lower: Level,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Song et al. 2021, equation 12: the guided x_0 and eps, put together again at a lower level.
+
+    x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral).
+    """
+    prediction = prediction.guided(x_t, level)
+    remaining = 1 - lower.alpha_bar
+    variance = eta**2 * posterior_variance(level.alpha_bar, lower.alpha_bar)  # equation 16
+    x = lower.alpha_bar**0.5 * prediction.x0 + max(remaining - variance, 0.0) ** 0.5 * prediction.eps
+    return x if variance == 0 else x + variance**0.5 * noise
+
+
+def dpmpp_2m_step(
+    x_t: Tensor,
+    prediction: Prediction,
+    level: Level,
+    lower: Level,
+    before: tuple[Tensor, Level] | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): of second order with the x_0 of the step before.
+
+    x_t: (B, C, H, W). before: (x_0, level) of the step before, or None for first order, which is DDIM's step.
+    A step to sigma = 0 is always of first order: the second would divide by an infinite step.
+    """
+    finite = lower.sigma > 0 and level.sigma < math.inf
+    h = math.log(level.sigma / lower.sigma) if finite else math.inf  # of lambda = -log sigma
+    x0 = prediction.guided(x_t, level).x0
+    if before is not None and lower.sigma > 0:
+        x0_before, above = before
+        h_before = math.log(above.sigma / level.sigma)  # infinite after pure noise: no correction
+        x0 = x0 + 0.5 * h / h_before * (x0 - x0_before)
+    keep = ((1 - lower.alpha_bar) / (1 - level.alpha_bar)) ** 0.5
+    return keep * x_t - lower.alpha_bar**0.5 * math.expm1(-h) * x0

@@ -1,0 +1,70 @@
+"""Conversions between eps, x_0 and v, clipping, and a classifier's guide with a known answer. All in
+float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion import DiffusionError, Level, Prediction, Schedule, predict, target
+
+EXACT = 1e-12  # float64 rounding times at most 1 / sqrt(alpha_bar), 15 for Stable Diffusion's schedule
+
+
+@given(st.integers(0, 999), st.sampled_from(["epsilon", "v_prediction", "sample"]))
+def test_every_form_gives_x0_and_eps_back(time: int, form: str) -> None:
+    schedule, t = Schedule("scaled_linear"), torch.tensor([time, 999 - time])
+    x0, noise = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    x_t = schedule.q_sample(x0, t, noise)
+    prediction = predict(form, x_t, target(schedule, form, x0, t, noise), schedule.alpha_bar(t))
+    torch.testing.assert_close(prediction.x0, x0, rtol=0, atol=EXACT)
+    torch.testing.assert_close(prediction.eps, noise, rtol=0, atol=100 * EXACT)  # / sqrt(1 - alpha_bar_0), 34
+
+
+def test_pure_noise_is_exact_for_v() -> None:
+    x_t, v = torch.randn(2, 1, 3, 2, 2)
+    prediction = Prediction.from_v(x_t, v, 0.0)
+    assert torch.equal(prediction.x0, -v)
+    assert torch.equal(prediction.eps, x_t)
+
+
+@pytest.mark.parametrize("alpha_bar", [0.0, torch.tensor([0.5, 0.0], dtype=torch.float64)])
+def test_pure_noise_is_refused_for_eps(alpha_bar: float | torch.Tensor) -> None:
+    with pytest.raises(DiffusionError, match="zero terminal SNR needs"):
+        Prediction.from_eps(torch.zeros(2, 1), torch.zeros(2, 1), alpha_bar)
+
+
+@pytest.mark.parametrize("alpha_bar", [0.3, 0.0])
+def test_clamped_is_consistent(alpha_bar: float) -> None:
+    x_t, v = 3 * torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    level = Level(5.0, alpha_bar)
+    clamped = replace(Prediction.from_v(x_t, v, alpha_bar), guide=v).clamped(x_t, level)
+    assert clamped.x0.abs().max() == 1
+    again = alpha_bar**0.5 * clamped.x0 + (1 - alpha_bar) ** 0.5 * clamped.eps
+    torch.testing.assert_close(again, x_t, rtol=0, atol=EXACT)
+    assert clamped.guide is v
+
+
+def test_guided_is_the_posterior_given_the_class() -> None:
+    """x_0 ~ N(0, 1) and y = x_0 + r n: with the exact gradient of log p(y | x_t) the guided x_0 is E[x_0
+    | x_t, y]."""
+    a, r2, y = 0.37, 0.25, 1.3
+    x_t = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    mean, variance = a**0.5 * x_t, 1 - a  # of x_0 given x_t
+    guide = (y - mean) / (variance + r2) * a**0.5
+    prediction = replace(Prediction.from_x0(x_t, mean, a), guide=guide).guided(x_t, Level(0.0, a))
+    expected = mean + variance / (variance + r2) * (y - mean)  # Kalman's gain
+    torch.testing.assert_close(prediction.x0, expected, rtol=0, atol=EXACT)
+    again = a**0.5 * prediction.x0 + (1 - a) ** 0.5 * prediction.eps
+    torch.testing.assert_close(again, x_t, rtol=0, atol=EXACT)
+    assert prediction.guide is None
+
+
+def test_unknown_form() -> None:
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(DiffusionError, match="no network predicts 'velocity' here; there are epsilon"):
+        predict("velocity", x, x, 0.5)
+    with pytest.raises(DiffusionError, match="no network predicts 'velocity' here"):
+        target(Schedule("linear"), "velocity", x, torch.tensor([0]), x)

@@ -1,0 +1,119 @@
+"""Losses: numbers that can be known, what carries a gradient, and the shape of what comes back."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion import (
+    DiffusionError,
+    Prediction,
+    Schedule,
+    hybrid_loss,
+    min_snr_weight,
+    mse,
+    variational_bound,
+)
+from diffusion.posterior import posterior_variance
+
+
+def test_mse_is_one_number_a_sample_in_float32() -> None:
+    output = torch.tensor([[1.0, 3.0], [0.0, 0.0]], dtype=torch.float16)
+    errors = mse(output, torch.zeros_like(output))
+    assert errors.dtype == torch.float32
+    assert errors.tolist() == [5.0, 0.0]
+    tiny = torch.full((1, 4), 2.0**-14, dtype=torch.float16)  # its square, 2^-28, is below float16's smallest
+    assert mse(tiny, 0 * tiny).item() == 2.0**-28
+
+
+def test_mse_does_not_broadcast() -> None:
+    with pytest.raises(DiffusionError, match=r"answered \(2, 6\), wanted was \(2, 3\)"):
+        mse(torch.zeros(2, 6), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_min_snr_is_one_weight_in_three_forms(zero: bool) -> None:
+    """At one x_t the errors of x_0, eps and v differ by known factors, so the weighted errors must be
+    equal."""
+    schedule = Schedule("scaled_linear", zero_terminal_snr=zero)
+    t = torch.tensor([0, 150, 400, 998 if zero else 999])
+    x0, noise, wrong = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+    x_t, alpha_bar = schedule.q_sample(x0, t, noise), schedule.alpha_bar(t)
+    guess = Prediction.from_x0(x_t, x0 + wrong, alpha_bar)
+    v = schedule.velocity(guess.x0, t, guess.eps)
+    weighted = [
+        min_snr_weight(schedule, "sample", t) * mse(guess.x0, x0),
+        min_snr_weight(schedule, "epsilon", t) * mse(guess.eps, noise),
+        min_snr_weight(schedule, "v_prediction", t) * mse(v, schedule.velocity(x0, t, noise)),
+    ]
+    torch.testing.assert_close(weighted[1], weighted[0], rtol=1e-6, atol=0)  # the weights are float32
+    torch.testing.assert_close(weighted[2], weighted[0], rtol=1e-6, atol=0)
+
+
+def test_min_snr_at_pure_noise_and_gamma() -> None:
+    schedule, end = Schedule("scaled_linear", zero_terminal_snr=True), torch.tensor([999])
+    assert [min_snr_weight(schedule, f, end).item() for f in ("epsilon", "v_prediction", "sample")] == [
+        1,
+        0,
+        0,
+    ]
+    assert min_snr_weight(schedule, "sample", torch.tensor([0]), gamma=3.0).item() == 3.0
+    with pytest.raises(DiffusionError, match="no network predicts 'x'"):
+        min_snr_weight(schedule, "x", end)
+
+
+def test_bound_is_zero_for_the_posterior_itself() -> None:
+    schedule, t = Schedule("linear"), torch.tensor([1, 500, 999])
+    x0, noise = torch.rand(2, 3, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    x_t = schedule.q_sample(x0, t, noise)
+    bound = variational_bound(schedule, noise, torch.zeros_like(x0), x0, x_t, t)
+    assert (
+        bound.abs().max() < 1e-9
+    )  # at t = 999 the mean carries x_0's rounding times 1 / sqrt(alpha_bar), 157
+
+
+def test_bound_for_another_variance_is_the_formula() -> None:
+    """Right mean, variance beta instead of the posterior's: KL = (log r + 1 / r - 1) / 2, r = beta /
+    posterior."""
+    schedule, t = Schedule("squaredcos_cap_v2"), torch.tensor([400])
+    x0, noise = torch.rand(2, 1, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    bound = variational_bound(schedule, noise, torch.ones_like(x0), x0, schedule.q_sample(x0, t, noise), t)
+    now, before = schedule.alphas_bar[400].item(), schedule.alphas_bar[399].item()
+    ratio = schedule.betas[400].item() / posterior_variance(now, before)
+    assert bound.item() == pytest.approx((math.log(ratio) + 1 / ratio - 1) / 2 / math.log(2), rel=1e-9)
+
+
+def test_bound_at_time_zero_is_a_likelihood_of_pixels() -> None:
+    """With the right mean, a pixel's bin of half-width 1/255 holds erf(z / sqrt 2) of the mass, z in
+    deviations."""
+    schedule, t = Schedule("linear"), torch.tensor([0])
+    x0 = torch.full((1, 1, 2, 2), 0.2, dtype=torch.float64)
+    noise = torch.randn_like(x0)
+    x_t = schedule.q_sample(x0, t, noise)
+    bound = variational_bound(schedule, noise, torch.ones_like(x0), x0, x_t, t)  # variance beta_0 = 1e-4
+    mass = math.erf(1 / 255 / 0.01 / math.sqrt(2))
+    assert bound.item() == pytest.approx(-math.log2(mass), abs=4e-3)  # the tanh form of the CDF is 4e-4 off
+    bound = variational_bound(schedule, noise, torch.zeros_like(x0), x0, x_t, t)  # the variance of t = 1
+    small = posterior_variance(schedule.alphas_bar[1].item(), schedule.alphas_bar[0].item())
+    mass = math.erf(1 / 255 / small**0.5 / math.sqrt(2))
+    assert bound.item() == pytest.approx(-math.log2(mass), abs=4e-3)
+    edge = torch.full(
+        (1, 1, 2, 2), 1.0, dtype=torch.float64
+    )  # the outermost bin is open: it holds more than half
+    x_t = schedule.q_sample(edge, t, noise)
+    assert variational_bound(schedule, noise, torch.ones_like(x0), edge, x_t, t).item() < 1
+
+
+def test_hybrid_trains_the_mean_by_the_error_alone() -> None:
+    schedule, t = Schedule("squaredcos_cap_v2", steps=100), torch.tensor([0, 60])
+    x0, noise = torch.rand(2, 2, 3, 4, 4) * 2 - 1
+    output = torch.randn(2, 6, 4, 4, requires_grad=True)
+    terms = hybrid_loss(schedule, output, x0, t, noise)
+    by_mse, by_vb = (torch.autograd.grad(term.sum(), output, retain_graph=True)[0] for term in terms)
+    assert by_mse[:, 3:].abs().max() == 0
+    assert by_vb[:, :3].abs().max() == 0
+    assert by_vb[:, 3:].abs().min() > 0
+    full = variational_bound(
+        schedule, output[:, :3], (output[:, 3:] + 1) / 2, x0, schedule.q_sample(x0, t, noise), t
+    )
+    torch.testing.assert_close(terms.vb, full * 0.1)  # T / 1000

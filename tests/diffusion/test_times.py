@@ -1,0 +1,135 @@
+"""Lists of times, against diffusers for every number of steps, and against GLIDE's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from diffusion import (
+    LAST,
+    SAMPLERS,
+    DiffusionError,
+    Schedule,
+    default_levels,
+    from_strength,
+    karras,
+    leading,
+    linspace,
+    respaced,
+    trailing,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
+
+CASE = json.loads((Path(__file__).parents[1] / "fixtures" / "diffusion_math.json").read_text())
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 10, 27, 50, 333, 999])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_spacings_of_diffusers(spacing: str, n: int) -> None:
+    scheduler = DDPMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(n)
+    ours = {"leading": leading, "linspace": linspace, "trailing": trailing}[spacing](1000, n)
+    assert ours == [*scheduler.timesteps.tolist(), -1]
+
+
+def test_rounding_is_numpys() -> None:
+    for n in range(2, 1001):
+        assert linspace(1000, n)[:-1] == np.linspace(0, 999, n).round()[::-1].tolist()
+        assert trailing(1000, n)[:-1] == (np.arange(1000, 0, -1000 / n).round()[:n] - 1).tolist()
+
+
+def test_offset_and_terminal() -> None:
+    scheduler = DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False)
+    scheduler.set_timesteps(50)
+    assert leading(1000, 50, offset=1, terminal=0) == [*scheduler.timesteps.tolist(), 0]
+    assert leading(1000, 50, offset=1)[0] == 981
+
+
+def test_one_step_starts_in_the_noise() -> None:
+    assert linspace(1000, 1) == [999, -1]
+    assert trailing(1000, 1) == [999, -1]
+
+
+@pytest.mark.parametrize("spec", CASE["respacing"])
+def test_respaced_as_published(spec: str) -> None:
+    assert respaced(spec) == [*reversed(CASE["respacing"][spec]), -1]
+
+
+def test_sections() -> None:
+    assert respaced("10,10,3,2,2")[:6] == [999, 800, 799, 600, 599, 500]
+    assert respaced("fast27")[:6] == [997, 800, 799, 600, 599, 500]
+    assert respaced("2,2", steps=7) == [6, 4, 3, 0, -1]  # the first sections take what is left over
+    assert respaced("1,2", steps=4) == [3, 2, 0, -1]
+
+
+def test_from_strength_counts_as_diffusers() -> None:
+    times = leading(1000, 50)
+    assert from_strength(times, 1.0) == times
+    assert from_strength(times, 0.75) == times[50 - int(50 * 0.75) :]
+    assert from_strength(times, 0.02) == [0, -1]
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_karras(name: str, n: int) -> None:
+    ends = SD if name == "scaled_linear" else {"beta_schedule": "linear"}
+    scheduler = DPMSolverMultistepScheduler(**ends, use_karras_sigmas=True)
+    scheduler.set_timesteps(n)
+    levels = karras(Schedule(name), n)
+    sigmas = np.array([level.sigma for level in levels])
+    np.testing.assert_allclose(sigmas, scheduler.sigmas.numpy(), rtol=2e-4)  # diffusers' tables are float32
+    assert [level.t for level in levels[:-1]] == scheduler.timesteps.tolist()
+    assert levels[-1] == LAST
+
+
+def test_defaults_are_those_of_stable_diffusion() -> None:
+    schedule = Schedule("scaled_linear")
+    for n in (4, 20, 50):
+        euler = EulerDiscreteScheduler(**SD, steps_offset=1)
+        euler.set_timesteps(n)
+        ours = default_levels(schedule, "euler", n)
+        np.testing.assert_allclose([x.t for x in ours[:-1]], euler.timesteps, rtol=1e-7)  # float32 times
+        np.testing.assert_allclose([x.sigma for x in ours], euler.sigmas, rtol=2e-4)  # float32 tables
+        solver = DPMSolverMultistepScheduler(**SD, steps_offset=1)
+        solver.set_timesteps(n)
+        assert [x.t for x in default_levels(schedule, "dpmpp_2m", n)] == [*solver.timesteps.tolist(), -1]
+        assert [x.t for x in default_levels(schedule, "ddpm", n)] == leading(1000, n, 1)
+        assert [x.t for x in default_levels(schedule, "plms", n)] == leading(1000, n, 1, 0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_defaults_descend_for_every_number_of_steps(sampler: str, zero: bool) -> None:
+    schedule = Schedule("scaled_linear", steps=40, zero_terminal_snr=zero)
+    for n in range(1, 40):
+        levels = default_levels(schedule, sampler, n)
+        assert len(levels) == n + 1
+        assert all(a.alpha_bar < b.alpha_bar for a, b in zip(levels, levels[1:]))
+        assert levels[0].t == 39 or sampler in ("ddim", "ddpm", "plms")
+        if zero:
+            assert levels[0].alpha_bar == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: leading(1000, 1001), "take between 1 and 1000"),
+        (lambda: trailing(1000, 0), "take between 1 and 1000"),
+        (lambda: leading(1000, 1000, offset=1), "begin at time 1000, past 999"),
+        (lambda: respaced("fast"), "is no spacing"),
+        (lambda: respaced("10,,3"), "is no spacing"),
+        (lambda: respaced("ddim999"), "gives exactly 999"),
+        (lambda: respaced("300,2,2,2"), "250 times cannot give 300 steps"),
+        (lambda: respaced("0"), "cannot give 0 steps"),
+        (lambda: from_strength([1.0, -1.0], 1.5), "not at 1.5"),
+        (lambda: from_strength([1.0, -1.0], 0.5), "leaves none of 1 steps: take at least 2"),
+        (lambda: karras(Schedule("linear", zero_terminal_snr=True), 5), "finite largest sigma"),
+    ],
+)
+def test_refused(make: object, sentence: str) -> None:
+    with pytest.raises(DiffusionError, match=sentence):
+        make()
