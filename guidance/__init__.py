@@ -1,0 +1,7 @@
+"""Guidance: denoisers around denoisers, and prompts to images."""
+
+from guidance.classifier_free import bind, classifier_free, classifier_free_pair
+from guidance.errors import GuidanceError
+from guidance.generate import generate
+
+__all__ = ["GuidanceError", "bind", "classifier_free", "classifier_free_pair", "generate"]

@@ -1,0 +1,69 @@
+"""Classifier-free guidance: a denoiser around denoisers (Ho & Salimans 2022, equation 6).
+
+    guided = null + scale · (conditional - null)
+
+0 is the null prediction, 1 the conditional one (guidance is off), beyond 1 extrapolates. The weights add up
+to 1, so eps, x_0 and v may each be combined, with the same answer; both that a `Prediction` carries are. A
+negative prompt is a null prompt that says something.
+"""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion import Denoiser, Level, Prediction, predict
+
+
+class Predictor(Protocol):
+    """The part of a model that a denoiser asks."""
+
+    prediction: str  # epsilon, v_prediction or sample
+
+    def predict(self, x_t: Tensor, t: Tensor, features: Any) -> Tensor:
+        """x_t: (B, C, h, w); t: (B,) float; features: what the model's text encoder gave for B prompts."""
+        ...
+
+
+def bind(model: Predictor, features: Any) -> Denoiser:
+    """A denoiser with its prompts bound. features: of as many prompts as x_t will have samples."""
+
+    def denoise(x_t: Tensor, level: Level) -> Prediction:
+        t = torch.full((len(x_t),), level.t, device=x_t.device)                                # (B,)
+        return predict(model.prediction, x_t, model.predict(x_t, t, features), level.alpha_bar)
+
+    return denoise
+
+
+def classifier_free(conditional: Denoiser, null: Denoiser, scale: float) -> Denoiser:
+    """Guidance from two denoisers; at scale 1 or 0 only the one that counts is asked."""
+    if scale in (0, 1):
+        return conditional if scale == 1 else null
+    return lambda x_t, level: combine(conditional(x_t, level), null(x_t, level), scale)
+
+
+def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
+    """Guidance from one denoiser bound to 2B prompts, the null ones first: one pass over a doubled batch."""
+
+    def denoise(x_t: Tensor, level: Level) -> Prediction:
+        prediction = both(torch.cat([x_t, x_t]), level)                                        # (2B, C, h, w)
+        parts = [None if p is None else p.chunk(2) for p in _fields(prediction)]
+        null, conditional = (Prediction(*(None if p is None else p[i] for p in parts)) for i in (0, 1))
+        return combine(conditional, null, scale)
+
+    return denoise
+
+
+def combine(conditional: Prediction, null: Prediction, scale: float) -> Prediction:
+    """null + scale · (conditional - null) on x_0 and eps; a learned variance and a guide stay the
+    conditional's.
+
+    That is GLIDE's choice for the variance (openai/glide-text2im at 69b5307, its text2im notebook).
+    """
+    x0, eps = (n + scale * (c - n) for c, n in ((conditional.x0, null.x0), (conditional.eps, null.eps)))
+    return replace(conditional, x0=x0, eps=eps)
+
+
+def _fields(prediction: Prediction) -> tuple[Tensor | None, ...]:
+    return prediction.x0, prediction.eps, prediction.var_frac, prediction.guide

@@ -1,0 +1,97 @@
+"""What a caller may ask of `generate`, checked and brought to one form. Every refusal is a GuidanceError."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from guidance.errors import GuidanceError
+
+
+class Concept(Protocol):
+    """A learned word: the `placeholder` that stands for it in prompts, and its `vectors` (n, D)."""
+
+    placeholder: str
+    vectors: Tensor
+
+
+def prompts(
+    prompts: str | Sequence[str], negative: str | Sequence[str] | None, scale: float
+) -> tuple[list[str], list[str]]:
+    """The prompts and as many negative ones."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    negative = "" if negative is None else negative
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not prompts:
+        raise GuidanceError("there is no prompt: give at least one, the empty one if need be")
+    if len(negatives) != len(prompts):
+        raise GuidanceError(f"{len(negatives)} negative prompts for {len(prompts)}: give one, or as many")
+    if not math.isfinite(scale):
+        raise GuidanceError(f"a guidance scale is a finite number (1 is off), not {scale}")
+    return prompts, negatives
+
+
+def start(image: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
+    """The images to start from, one a prompt: (B, 3, H, W)."""
+    image = image[None] if image.ndim == 3 else image
+    if image.ndim != 4 or image.shape[1] != 3 or len(image) not in (1, count):
+        raise GuidanceError(
+            f"an image to start from is (3, H, W), or ({count}, 3, H, W) for as many prompts, not "
+            f"{tuple(image.shape)}"
+        )
+    if not image.is_floating_point() or not image.abs().max() <= 1:
+        raise GuidanceError(f"an image to start from holds floats in [-1, 1], not {_span(image)}")
+    for side, asked, found in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
+        if asked not in (None, found):
+            raise GuidanceError(
+                f"the {side} asked for, {asked}, is not that of the image to start from, {found}: leave it "
+                "out, or crop the image"
+            )
+    return image.float().expand(count, -1, -1, -1)
+
+
+def _span(image: Tensor) -> str:
+    return f"{str(image.dtype).removeprefix('torch.')} from {image.min().item():g} to {image.max().item():g}"
+
+
+Randomness = int | Sequence[int] | torch.Generator | None
+
+
+def streams(generator: Randomness, count: int) -> list[torch.Generator]:
+    """One generator an image, as `guidance.generate` says."""
+    if isinstance(generator, int | Sequence):
+        seeds = [generator + i for i in range(count)] if isinstance(generator, int) else list(generator)
+        if len(seeds) != count:
+            raise GuidanceError(f"{len(seeds)} seeds for {count} images: give one, or as many")
+        if not all(0 <= seed < 2**63 for seed in seeds):
+            raise GuidanceError(f"a seed lies between 0 and 2^63, not at {generator}")
+    else:
+        if generator is not None and generator.device.type != "cpu":
+            raise GuidanceError("noise is drawn on the CPU, for every device alike: give a CPU generator")
+        seeds = [torch.randint(2**63 - 1, (), generator=generator).item() for _ in range(count)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def words(concepts: Sequence[Concept], width: int) -> tuple[dict[str, int], Tensor | None]:
+    """The placeholders with their numbers of vectors, and all vectors (n, D) in that order."""
+    for concept in concepts:
+        if concept.vectors.ndim != 2 or concept.vectors.shape[1] != width:
+            raise GuidanceError(
+                f"the vectors of {concept.placeholder} are {tuple(concept.vectors.shape)}, but this "
+                f"model's text encoder reads (n, {width}): the word was learned with another model"
+            )
+    vectors = [concept.vectors.float() for concept in concepts]
+    placeholders = {concept.placeholder: len(concept.vectors) for concept in concepts}
+    if len(placeholders) < len(concepts):
+        names = ", ".join(concept.placeholder for concept in concepts)
+        raise GuidanceError(f"two concepts go by one placeholder ({names}): rename one of them")
+    return placeholders, torch.cat(vectors) if vectors else None
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """`count` images in runs of at most `size`."""
+    if size < 1:
+        raise GuidanceError(f"a batch holds at least one image, not {size}")
+    return [slice(i, i + size) for i in range(0, count, size)]

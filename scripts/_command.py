@@ -1,0 +1,61 @@
+"""What every script does around its `main`: read the command line, and turn a refusal into one sentence."""
+
+import dataclasses
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+
+REFUSED = 2
+INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
+
+
+def run(main: Callable[..., None]) -> None:
+    """Calls `main` with what the command line says, and exits.
+
+    main: takes one dataclass, whose fields become the flags, or keyword arguments. The module's docstring
+    and the dataclass's are the text of --help. Exit codes: 0; 2 after one sentence on stderr, for what the
+    four packages refuse and for files that cannot be read or written; 130 after Ctrl-C.
+    """
+    import tyro
+
+    from diffusion.errors import DiffusionError
+    from guidance.errors import GuidanceError
+    from inversion.errors import InversionError
+    from models.errors import ModelError
+
+    _refuse_repeats(sys.argv[1:])
+    config, description = _config(main)
+    arguments = tyro.cli(config, description=description) if config else None
+    try:
+        main(arguments) if config else tyro.cli(main, description=description)
+    except (DiffusionError, GuidanceError, InversionError, ModelError) as error:
+        _stop(str(error), REFUSED)
+    except OSError as error:
+        what = error.strerror or str(error)
+        _stop(f"{error.filename}: {what}" if error.filename else what, REFUSED)
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
+
+
+def _config(main: Callable[..., None]) -> tuple[type | None, str]:
+    """The dataclass that `main` takes, if it takes one, and the text of --help."""
+    types = [t for name, t in typing.get_type_hints(main).items() if name != "return"]
+    config = types[0] if len(types) == 1 and dataclasses.is_dataclass(types[0]) else None
+    texts = [inspect.getmodule(main).__doc__, config.__doc__ if config else None]
+    if config and config.__doc__.startswith(f"{config.__name__}("):
+        texts.pop()  # what dataclasses write where there is no docstring
+    return config, "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+
+
+def _refuse_repeats(arguments: list[str]) -> None:
+    """The command line would keep the last of two values and drop the first without a word."""
+    flags = [a.split("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    twice = next((flag for flag in flags if flags.count(flag) > 1), None)
+    if twice:
+        _stop(f"{twice} is there twice: write all of its values after one {twice}", REFUSED)
+
+
+def _stop(sentence: str, code: int) -> typing.NoReturn:
+    print(" ".join(sentence.split()), file=sys.stderr)
+    sys.exit(code)

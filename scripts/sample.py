@@ -1,0 +1,118 @@
+"""Draw images for prompts.
+
+    python scripts/sample.py --prompt "a dog" "a guide dog" --count 4
+    python scripts/sample.py --model models/sd15 --concept frida.safetensors --prompt "a photo of <frida>"
+
+Each image is a PNG named after its prompt and its seed; several also come together on sheet.png, a row a
+prompt.
+"""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _command import run
+from PIL import Image
+from torch import Tensor
+
+import models
+from guidance import GuidanceError, generate
+from inversion.concept import Concept
+from inversion.images import read_images
+
+
+@dataclass
+class Config:
+    prompt: tuple[str, ...]
+    """What to draw: one or several."""
+    model: str = "emoji"
+    """The embedded model's name, a folder, a .safetensors or .ckpt file, or a hub id."""
+    negative: str = ""
+    """What to keep away from."""
+    count: int = 1
+    """Images of each prompt."""
+    seed: int = 0
+    """Of the first image of each prompt; the others count on from it."""
+    steps: int = 50
+    """Of the sampler."""
+    scale: float = 7.5
+    """Of the guidance: 1 is off."""
+    sampler: str = "ddim"
+    """ddpm, ddim, plms, euler, euler_ancestral, dpmpp_2m or dpmpp_2m_karras."""
+    size: int | None = None
+    """Side of the square images, in pixels; None is the model's own."""
+    concept: tuple[Path, ...] = ()
+    """Files of learned words that the prompts use."""
+    image: Path | None = None
+    """An image to start from, cropped to a square, instead of noise."""
+    strength: float = 0.8
+    """With --image, how much of the way to noise and back is gone: above 0, at most 1."""
+    dtype: str | None = None
+    """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
+    prediction: str | None = None
+    """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
+    batch_size: int = 8
+    """Images drawn at once."""
+    output: Path | None = None
+    """Where the images go; None is a new folder, outputs/<time>-samples."""
+
+
+def read_concepts(files: tuple[Path, ...], width: int, texts: tuple[str, ...]) -> list[Concept]:
+    """The learned words, each of which must stand in one of the texts."""
+    concepts = [Concept.load(file, width=width) for file in files]
+    for word in (concept.placeholder for concept in concepts):
+        if not any(word in text for text in texts):
+            raise GuidanceError(f"no prompt has the learned word {word}: write it into one")
+    return concepts
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """(3, H, W) in [-1, 1], written beside `path` and renamed."""
+    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)      # (H, W, 3)
+    part = path.with_name(f".{path.name}.part")
+    Image.fromarray(pixels.numpy()).save(part, format="PNG")
+    os.replace(part, path)
+
+
+def draw(config: Config) -> Tensor:
+    """`count` images a prompt, prompt after prompt: (B, 3, size, size)."""
+    dtype = getattr(torch, config.dtype, config.dtype) if config.dtype else None
+    model = models.load(config.model, dtype=dtype, prediction=config.prediction)
+    size = model.resolution if config.size is None else config.size
+    return generate(
+        model,
+        [prompt for prompt in config.prompt for _ in range(config.count)],
+        negative=config.negative, steps=config.steps, scale=config.scale, sampler=config.sampler,
+        height=size, width=size, batch_size=config.batch_size, progress=True,
+        generator=[config.seed + i for i in range(config.count)] * len(config.prompt),
+        concepts=read_concepts(config.concept, model.width, (*config.prompt, config.negative)),
+        image=read_images([config.image], size) if config.image else None,
+        strength=config.strength,
+    )  # fmt: skip
+
+
+def main(config: Config) -> None:
+    """Draw, then write."""
+    output = config.output or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-samples"
+    if config.count < 1:
+        raise GuidanceError(f"--count is at least 1, not {config.count}")
+    above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise GuidanceError(f"nothing can be written to {output}, as {above} is: choose another --output")
+    images = draw(config)
+    output.mkdir(parents=True, exist_ok=True)
+    rows = images.split(config.count)
+    for i, (prompt, row) in enumerate(zip(config.prompt, rows)):
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+        for seed, image in enumerate(row, config.seed):
+            write_png(output / f"{i:02d}-{name}-seed{seed}.png", image)
+    if len(images) > 1:
+        write_png(output / "sheet.png", torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))
+    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} to {output}")
+
+
+if __name__ == "__main__":
+    run(main)

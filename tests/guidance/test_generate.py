@@ -1,0 +1,278 @@
+"""`generate` over a model that is known exactly: the prompt is a number, and all pictures of it are that
+colour.
+
+The network is the exact denoiser of N(number, deviation²) in every pixel, the VAE is the identity, and a
+concept's vector holds the number that its placeholder stands for.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
+from guidance import GuidanceError, generate
+
+EXACT = 2e-5  # float32, times up to 1 / sqrt(alpha_bar) = 15 at the first level
+
+
+@dataclass
+class Word:
+    placeholder: str
+    vectors: Tensor
+
+
+class Tokenizer:
+    def encode(self, texts: list[str], placeholders: dict[str, int]) -> list[list[str | int]]:
+        starts = dict(zip(placeholders, [0, *torch.tensor(list(placeholders.values())).cumsum(0).tolist()]))
+        return [[starts.get(word, word) for word in text.split()] for text in texts]
+
+
+@dataclass
+class Model:
+    """What `guidance.Model` asks for; `asked` keeps (time, batch) of every question, `first` the first
+    x_t."""
+
+    deviation: float = 0.0
+    prediction: str = "v_prediction"
+    schedule: dict = field(default_factory=lambda: {"name": "scaled_linear"})
+    resolution: int = 16
+    width: int = 1
+    device: torch.device = torch.device("cpu")
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    asked: list[tuple[float, int]] = field(default_factory=list)
+    first: Tensor | None = None
+
+    def encode_text(self, tokens: list[list[str | int]], extra: Tensor | None = None) -> Tensor:
+        def number(word: str | int) -> float:
+            return float(word) if isinstance(word, str) else extra[word].item()
+
+        return torch.tensor([sum(number(word) for word in words) for words in tokens]).reshape(-1, 1, 1, 1)
+
+    def predict(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        assert len(x_t) == len(t) == len(features)
+        assert not torch.is_grad_enabled()
+        self.asked.append((t[0].item(), len(t)))
+        self.first = x_t if self.first is None else self.first
+        a, s2 = Schedule(**self.schedule).level(t[0].item()).alpha_bar, self.deviation**2
+        x0 = features + s2 * a**0.5 / (s2 * a + 1 - a) * (x_t - a**0.5 * features)
+        eps = (x_t - a**0.5 * x0) / (1 - a) ** 0.5
+        return eps if self.prediction == "epsilon" else a**0.5 * eps - (1 - a) ** 0.5 * x0
+
+    def moments(self, images: Tensor) -> Tensor:
+        return torch.cat([images, images * 0], dim=1)
+
+    def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor:
+        return moments.chunk(2, dim=1)[0] + 0.01 * noise
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.clamp(-1, 1)
+
+    def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height, width
+
+
+def normal(seed: int, draws: int = 1) -> Tensor:
+    """The last of so many draws of an image's stream: (3, 16, 16)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 16, 16, generator=generator) for _ in range(draws)][-1]
+
+
+def expected_at_end(colour: float, sampler: str, steps: int, seed: int) -> Tensor:
+    """DDIM and PLMS stop at alpha_bar_0, as Stable Diffusion has it, where a part of the start's eps
+    remains."""
+    first, *_, end = default_levels(Schedule("scaled_linear"), sampler, steps)
+    eps = (normal(seed) - first.alpha_bar**0.5 * colour) / (1 - first.alpha_bar) ** 0.5
+    return end.alpha_bar**0.5 * colour + (1 - end.alpha_bar) ** 0.5 * eps
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dpmpp_2m_karras"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_sampler_draws_the_guided_colour(sampler: str, scale: float, prediction: str) -> None:
+    """At deviation 0 every step is exact: the colour is negative + scale (prompt - negative)."""
+    model = Model(prediction=prediction)
+    images = generate(
+        model, ["0.25", "-0.1"], negative=["0.1", "0.05"], scale=scale, sampler=sampler, steps=6, generator=0
+    )
+    assert images.shape == (2, 3, 16, 16)
+    assert images.dtype == torch.float32
+    for seed, (image, prompt, negative) in enumerate(zip(images, (0.25, -0.1), (0.1, 0.05))):
+        expected = expected_at_end(negative + scale * (prompt - negative), sampler, 6, seed)
+        torch.testing.assert_close(image, expected, rtol=0, atol=EXACT * max(scale, 1))
+
+
+def test_zero_terminal_snr_starts_at_the_last_time() -> None:
+    model = Model(schedule={"name": "scaled_linear", "zero_terminal_snr": True})
+    image = generate(model, "0.4", negative="0.1", steps=4, generator=0)
+    torch.testing.assert_close(
+        image, torch.full_like(image, 0.1 + 7.5 * 0.3).clamp(max=1), rtol=0, atol=EXACT
+    )
+    assert model.asked[0][0] == 999
+
+
+@pytest.mark.parametrize(("scale", "batch"), [(0.0, 2), (1.0, 2), (2.0, 4)])
+def test_the_half_that_does_not_count_is_not_asked(scale: float, batch: int) -> None:
+    model = Model()
+    generate(model, ["0.1", "0.2"], negative="0", scale=scale, steps=3, generator=0)
+    assert [size for _, size in model.asked] == [batch] * 3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_an_image_is_the_same_in_any_batch(sampler: str) -> None:
+    """Image i of seed s is what seed s + i draws alone, however the call is cut into batches."""
+    prompts, negatives = ["0.1", "0.2", "0.3", "0.4", "0.5"], ["0", "0.1", "-0.1", "0.2", "-0.2"]
+    images = torch.linspace(-1, 1, 5).reshape(5, 1, 1, 1).expand(5, 3, 16, 16)
+    options = {"generator": 7, "sampler": sampler, "steps": 4}
+    for start in ({}, {"image": images}):
+        together = generate(Model(0.5), prompts, negative=negatives, **start, **options)
+        for batch_size in (1, 2):
+            cut = generate(
+                Model(0.5), prompts, negative=negatives, batch_size=batch_size, **start, **options
+            )
+            torch.testing.assert_close(cut, together, rtol=0, atol=1e-6)  # sums may go in another order
+        third = {"negative": negatives[3]} | {name: image[3] for name, image in start.items()}
+        alone = generate(Model(0.5), prompts[3], **third, **(options | {"generator": 10}))
+        torch.testing.assert_close(alone[0], together[3], rtol=0, atol=1e-6)
+    assert not torch.allclose(alone[0], generate(Model(0.5), prompts[3], **third, **options)[0], atol=1e-2)
+
+
+def test_a_seed_for_each_image() -> None:
+    options = {"negative": "0", "steps": 2}
+    images = generate(Model(0.5), ["0.1"] * 3, generator=[4, 9, 4], **options)
+    torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-6)
+    nine = generate(Model(0.5), "0.1", generator=9, **options)[0]
+    torch.testing.assert_close(images[1], nine, rtol=0, atol=1e-6)
+
+
+def test_a_generator_seeds_image_after_image() -> None:
+    options = {"negative": "0", "steps": 2}
+    three = generate(Model(0.5), ["0.1"] * 3, generator=torch.Generator().manual_seed(5), **options)
+    two = generate(Model(0.5), ["0.1"] * 2, generator=torch.Generator().manual_seed(5), **options)
+    torch.testing.assert_close(three[:2], two, rtol=0, atol=1e-6)
+    torch.manual_seed(5)
+    from_torch = generate(Model(0.5), ["0.1"] * 2, **options)
+    torch.testing.assert_close(from_torch, two, rtol=0, atol=1e-6)
+    assert not torch.allclose(from_torch, generate(Model(0.5), ["0.1"] * 2, **options), atol=1e-2)
+
+
+def test_the_first_x_is_the_streams_first_draw() -> None:
+    model = Model()
+    generate(model, ["0.1", "0.2"], scale=1.0, steps=3, generator=20)
+    assert torch.equal(model.first, torch.stack([normal(20), normal(21)]))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler", "dpmpp_2m"])
+def test_image_to_image(sampler: str) -> None:
+    """It starts from q(x_t | x_0) of the image at the level that int(10 · 0.35) = 3 steps before the end
+    has."""
+    model, image = Model(), 0.2 * torch.ones(3, 16, 16)
+    drawn = generate(
+        model, ["0.4"], scale=1.0, sampler=sampler, steps=10, image=image, strength=0.35, generator=3
+    )
+    levels = default_levels(Schedule("scaled_linear"), sampler, 10)
+    assert [t for t, _ in model.asked] == pytest.approx([level.t for level in levels[7:10]])
+    a = levels[7].alpha_bar
+    expected = a**0.5 * (image + 0.01 * normal(3)) + (1 - a) ** 0.5 * normal(3, draws=2)
+    torch.testing.assert_close(model.first[0], expected, rtol=0, atol=1e-6)
+    assert (drawn - 0.4).abs().max() < EXACT
+
+
+def test_one_image_for_all_or_one_for_each() -> None:
+    model, images = Model(), torch.stack([torch.zeros(3, 16, 24), torch.ones(3, 16, 24)])
+    options = {"scale": 1.0, "steps": 10, "strength": 0.1, "generator": 3}
+    assert generate(model, ["0.4", "0.4"], image=images, **options).shape == (2, 3, 16, 24)
+    assert model.first[1].mean() - model.first[0].mean() > 0.5
+    model.first = None
+    generate(model, ["0.4", "0.4"], image=images[1], **options)
+    assert abs(model.first[1].mean() - model.first[0].mean()) < 0.2
+
+
+def test_concepts_are_bound_in_order() -> None:
+    words = [
+        Word("<a>", torch.tensor([[0.3], [9.0]])),
+        Word("<b>", torch.tensor([[-0.2]], requires_grad=True)),
+    ]
+    images = generate(
+        Model(), ["<b>", "<a>"], negative="<b> 0.1", scale=2.0, sampler="euler", steps=3, concepts=words
+    )
+    for image, prompt in zip(images, (-0.2, 0.3)):
+        assert (image - (-0.1 + 2 * (prompt + 0.1))).abs().max() < 2 * EXACT
+    assert not images.requires_grad
+
+
+def test_size() -> None:
+    images = generate(Model(), "0.1", negative="0", steps=2, height=24, width=8)
+    assert images.shape == (1, 3, 24, 8)
+
+
+def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, int]] = []
+    generate(
+        Model(),
+        ["0"] * 3,
+        negative="0",
+        steps=4,
+        batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(i, 8) for i in range(1, 9)]
+    assert capsys.readouterr().err == ""
+    generate(Model(), ["0"] * 3, negative="0", steps=4, batch_size=2, progress=True)
+    assert "8/8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"negative": ["0", "0"]}, "2 negative prompts for 1: give one, or as many"),
+        ({"scale": float("nan")}, "a finite number .* not nan"),
+        ({"batch_size": 0}, "at least one image, not 0"),
+        ({"generator": -1}, "between 0 and 2.63, not at -1"),
+        ({"generator": [1, 2]}, "2 seeds for 1 images"),
+        (
+            {"image": torch.zeros(1, 16, 16)},
+            r"is \(3, H, W\), or \(1, 3, H, W\) for as many prompts, not \(1, 1, 16",
+        ),
+        ({"image": torch.zeros(2, 3, 16, 16)}, r"not \(2, 3, 16, 16\)"),
+        ({"image": torch.full((3, 16, 16), 255)}, r"floats in \[-1, 1\], not int64 from 255 to 255"),
+        ({"image": torch.full((3, 16, 16), 1.5)}, r"not float32 from 1.5 to 1.5"),
+        ({"image": torch.full((3, 16, 16), float("nan"))}, r"not float32 from nan to nan"),
+        (
+            {"image": torch.zeros(3, 16, 16), "width": 8},
+            "the width asked for, 8, is not that of the image .* 16",
+        ),
+        (
+            {"concepts": [Word("<a>", torch.zeros(1, 768))]},
+            r"vectors of <a> are \(1, 768\), .* \(n, 1\)",
+        ),
+        ({"concepts": [Word("<a>", torch.zeros(1, 1))] * 2}, r"one placeholder \(<a>, <a>\)"),
+    ],
+)
+def test_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(GuidanceError, match=sentence):
+        generate(Model(), **({"prompts": "0.1", "negative": "0", "steps": 2} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sampler": "heun"}, "no sampler is called 'heun'; there are ddpm, ddim"),
+        ({"steps": 0}, "0 steps do not fit a schedule of 1000: take between 1 and 1000"),
+        (
+            {"steps": 2, "image": torch.zeros(3, 16, 16), "strength": 0.4},
+            "leaves none of 2 steps: take at least 3",
+        ),
+        ({"image": torch.zeros(3, 16, 16), "strength": 1.4}, "not at 1.4"),
+        (
+            {"schedule": {"name": "scaled_linear", "zero_terminal_snr": True}, "prediction": "epsilon"},
+            "needs a network that predicts v",
+        ),
+    ],
+)
+def test_refused_by_the_process(options: dict, sentence: str) -> None:
+    fields = {name: options.pop(name) for name in ("schedule", "prediction") if name in options}
+    with pytest.raises(DiffusionError, match=sentence):
+        generate(Model(**fields), **({"prompts": "0.1", "negative": "0"} | options))

@@ -1,0 +1,101 @@
+"""`scripts/_command.py`: every refusal is one sentence on stderr and exit code 2, and Ctrl-C is 130."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from diffusion import DiffusionError
+from guidance import GuidanceError
+from inversion import InversionError
+from models import ModelError
+
+_spec = importlib.util.spec_from_file_location(
+    "_command", Path(__file__).parents[2] / "scripts" / "_command.py"
+)
+_command = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_command)
+
+
+@dataclass
+class Config:
+    """Numbers to take."""
+
+    count: int = 1
+    words: tuple[str, ...] = ()
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
+    """What `main` got."""
+    got: list[Config] = []
+
+    def main(config: Config) -> None:
+        got.append(config)
+
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    _command.run(main)
+    return got[0]
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    def main(config: Config) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as stopped:
+        _command.run(main)
+    return stopped.value.code
+
+
+def test_fields_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started(monkeypatch, "--count", "3", "--words", "a b", "c") == Config(3, ("a b", "c"))
+    assert started(monkeypatch) == Config()
+
+
+@pytest.mark.parametrize("kind", [DiffusionError, GuidanceError, InversionError, ModelError])
+def test_refusals(kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(monkeypatch, kind("one\n  sentence")) == 2
+    assert capsys.readouterr().err == "one sentence\n"
+
+
+def test_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(monkeypatch, FileNotFoundError(2, "No such file or directory", "here.png")) == 2
+    assert capsys.readouterr().err == "here.png: No such file or directory\n"
+    assert refused(monkeypatch, OSError("no network and no cache")) == 2
+    assert capsys.readouterr().err == "no network and no cache\n"
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(monkeypatch, KeyboardInterrupt()) == 130
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(config: Config) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(TypeError, match="a bug"):
+        _command.run(main)
+
+
+@pytest.mark.parametrize("arguments", [("--words", "a", "--words", "b"), ("--count=1", "--count", "2")])
+def test_a_flag_given_twice(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse would keep the last and drop the first without a word."""
+    with pytest.raises(SystemExit) as stopped:
+        started(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert "is there twice: write all of its values after one --" in capsys.readouterr().err
+
+
+def test_help_is_the_docstrings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        started(monkeypatch, "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "every refusal is one sentence" in shown  # this module's docstring
+    assert "Numbers to take." in shown
+    assert "--words" in shown

@@ -1,0 +1,99 @@
+"""`scripts/sample.py` over a tiny model of random weights: what it writes, and what it refuses."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from diffusion import DiffusionError
+from guidance import GuidanceError
+from inversion import Concept
+from tests.tiny import tiny_model
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
+PROMPTS = ("a photo of a dog", "a Picture, of <new>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a learned word and an image."""
+    path = tmp_path_factory.mktemp("tiny")
+    models.save(tiny_model(), path / "model")
+    word = Concept("<new>", torch.randn(2, 32, generator=torch.Generator().manual_seed(0)))
+    word.save(path / "new.safetensors")
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(path / "start.png")
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("sample", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) -> None:
+    """Run from another folder, as a user does who has the package installed; then one picture again."""
+    flags = ["--model", folder / "model", "--concept", folder / "new.safetensors"]
+    flags += ["--image", folder / "start.png", "--steps", 2, "--seed", 7, "--count", 2, "--batch-size", 2]
+    flags += ["--output", "out", "--prompt", *PROMPTS]
+    command = [str(part) for part in (sys.executable, SCRIPT, *flags)]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 4 images to out" in done.stdout
+    assert "2/2" in done.stderr  # two batches, each of the one step that a strength of 0.8 leaves
+
+    names = ["00-a-photo-of-a-dog-seed7.png", "00-a-photo-of-a-dog-seed8.png"]
+    names += ["01-a-picture-of-new-seed7.png", "01-a-picture-of-new-seed8.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "sheet.png"]
+    sheet = pixels(tmp_path / "out" / "sheet.png")
+    assert sheet.shape == (32, 32, 3)
+    tiles = [sheet[:16, :16], sheet[:16, 16:], sheet[16:, :16], sheet[16:, 16:]]
+    for tile, name in zip(tiles, names):
+        assert (tile == pixels(tmp_path / "out" / name)).all()
+
+    script.main(
+        script.Config(
+            PROMPTS[1:], str(folder / "model"), steps=2, seed=8, output=tmp_path / "again",
+            concept=(folder / "new.safetensors",), image=folder / "start.png",
+        )
+    )  # fmt: skip
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["00-a-picture-of-new-seed8.png"]
+    again = pixels(tmp_path / "again" / "00-a-picture-of-new-seed8.png")
+    assert abs(again - tiles[3]).max() <= 1  # another batch may round a pixel the other way
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sampler": "heun"}, "no sampler is called 'heun'"),
+        ({"concept": ("new.safetensors",)}, "no prompt has the learned word <new>"),
+        ({"output": "start.png/inside"}, "nothing can be written to"),
+        ({"count": 0}, "--count is at least 1, not 0"),
+    ],
+)
+def test_refusals_leave_nothing(
+    folder: Path, script: ModuleType, options: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    paths = {"output": "out"} | {key: value for key, value in options.items() if key == "output"}
+    rest = {key: value for key, value in options.items() if key != "output"}
+    with pytest.raises((DiffusionError, GuidanceError), match=sentence):
+        script.main(script.Config(("a dog",), "model", steps=2, output=Path(paths["output"]), **rest))
+    assert sorted(folder.rglob("*")) == before
