@@ -1,0 +1,117 @@
+"""A learned word: a placeholder, and the n vectors that stand for it in front of the text transformer.
+
+Textual inversion (Gal et al. 2022, arXiv:2208.01618) looks for vectors v* that a frozen model understands as
+a new word. They start as the table's vectors of known words. Other tools have four incompatible rules for
+turning a phrase into n vectors; here is one, and the file's metadata says which case it was:
+
+    no n given     one vector a token of the phrase
+    n given        the tokens in turn, v_i = table[tok[i mod len]] ("n copies" for a single token);
+                   a phrase longer than n is refused, because a part of it would be lost in silence
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inversion.errors import InversionError
+from inversion.formats import read_embeddings, write_embedding
+
+FAMILY_OF_WIDTH = {512: "GLIDE", 768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+
+
+@dataclass
+class Concept:
+    """placeholder: the new word as it stands in prompts. vectors: (n, D) float32. metadata: what the file
+    says of it.
+
+    Raises InversionError for an empty placeholder and for vectors that are not finite or not (n, D) with n >=
+    1.
+    """
+
+    placeholder: str
+    vectors: Tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.placeholder or self.placeholder != self.placeholder.strip() or "{}" in self.placeholder:
+            raise InversionError(
+                f"{self.placeholder!r} cannot be a placeholder: use something like '<frida>'"
+            )
+        if self.vectors.ndim != 2 or not self.vectors.numel() or not self.vectors.isfinite().all():
+            raise InversionError(
+                f"the vectors of {self.placeholder} must be finite and (n, D): {tuple(self.vectors.shape)}"
+            )
+        self.vectors = self.vectors.float()
+
+    @classmethod
+    def from_text(cls, model: Any, placeholder: str, text: str, n: int | None = None) -> "Concept":
+        """Start from the vectors of a word or a phrase.
+
+        model: anything with `tokenizer.tokens_of(text)`, `tokenizer.is_word(text)` and `embedding(id) ->
+        (D,)`. n: how many vectors; None takes one a token. Raises InversionError if the placeholder is
+        already a word, the text has no tokens, or it has more than n.
+        """
+        require_new_word(model.tokenizer, placeholder)
+        ids = model.tokenizer.tokens_of(text)
+        if not ids:
+            raise InversionError(f"the initial text {text!r} has no tokens: give a word such as 'dog'")
+        if n is not None and n < 1:
+            raise InversionError(f"a concept needs at least one vector, not {n}")
+        if n is not None and len(ids) > n:
+            raise InversionError(
+                f"{text!r} has {len(ids)} tokens and does not fit {n} vector{'s' * (n > 1)}: "
+                f"use at least {len(ids)}, leave the number out, or shorten the text"
+            )
+        count = len(ids) if n is None else n
+        vectors = torch.stack([model.embedding(ids[i % len(ids)]) for i in range(count)])  # (n, D)
+        rule = "one vector a token" if count == len(ids) else f"{len(ids)} tokens cycled to {count} vectors"
+        metadata = {"init": text, "init_rule": rule, "family": model.family, "source": model.source}
+        return cls(placeholder, vectors.detach().float().cpu(), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, width: int | None = None, placeholder: str | None = None) -> "Concept":
+        """Read a file of any format in `formats`.
+
+        width: the D that the model needs, if known. placeholder: which word, where the file holds several;
+        otherwise what to call it instead of its own name. Raises InversionError, naming what was found and
+        what would do.
+        """
+        words, metadata = read_embeddings(Path(path))
+        if len(words) > 1 and placeholder not in words:
+            listed = ", ".join(list(words)[:8])
+            raise InversionError(
+                f"{path} holds {len(words)} words ({listed}): say which one, by placeholder="
+            )
+        vectors = words[placeholder] if placeholder in words else next(iter(words.values()))
+        concept = cls(placeholder or next(iter(words)), vectors, metadata)
+        if width is not None:
+            concept.require_width(width, str(path))
+        return concept
+
+    def require_width(self, width: int, where: str = "") -> None:
+        """Raise InversionError, naming both widths and families, unless the vectors are `width` wide."""
+        found = self.vectors.shape[1]
+        if found == width:
+            return
+        theirs = self.metadata.get("family") or FAMILY_OF_WIDTH.get(found, "another model")
+        wanted = FAMILY_OF_WIDTH.get(width, "a model of another family")
+        raise InversionError(
+            f"{self.placeholder}{f' in {where}' if where else ''} has vectors of width {found} (learned with "
+            f"{theirs}), and this model needs {width} ({wanted}): use the family that it was learned with"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a one-key safetensors file {placeholder: (n, D) float32}; the rest goes into its metadata."""
+        write_embedding(Path(path), self.placeholder, self.vectors, self.metadata)
+
+
+def require_new_word(tokenizer: Any, placeholder: str) -> None:
+    """Raise InversionError if the placeholder is one existing token."""
+    if tokenizer.is_word(placeholder):
+        raise InversionError(
+            f"{placeholder!r} is already a word of the tokenizer and would lose its meaning: "
+            f"use a new one, such as '<{placeholder.strip('<>')}>'"
+        )

@@ -1,0 +1,65 @@
+"""How a training is done, as data."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from inversion.errors import InversionError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The numbers of one training.
+
+    batch_size: samples through the network at once. accumulation: batches a step; the mean gradient of all of
+    them is used, as of one batch of batch_size * accumulation. learning_rate: as it is used, never multiplied
+    by anything. schedule: of the learning rate, after `warmup` steps in which it rises linearly. clip_norm:
+    the gradient's largest norm. validate_every, checkpoint_every: in steps. validation_pairs: (time, noise)
+    pairs an image. patience: stop after so many validations without progress; None never stops early.
+    """
+
+    steps: int = 3000
+    batch_size: int = 1
+    accumulation: int = 4
+    learning_rate: float = 5e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 0
+    clip_norm: float = 1.0
+    validate_every: int = 50
+    validation_pairs: int = 8
+    patience: int | None = None
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "validate_every",
+            "validation_pairs",
+            "checkpoint_every",
+        )
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise InversionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InversionError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        if self.warmup < 0 or (self.patience is not None and self.patience < 1):
+            raise InversionError("warmup must not be negative, and patience must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InversionError(f"a seed lies between 0 and {2**32 - 1}, {self.seed} does not")
+        if self.schedule not in ("constant", "cosine"):
+            raise InversionError(
+                f"no learning-rate schedule is called {self.schedule!r}; use constant or cosine"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0 … steps - 1: linear warm-up, then constant or half a cosine to 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))

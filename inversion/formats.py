@@ -1,0 +1,118 @@
+"""Reading learned-embedding files of every format found in the wild; writing the one that all tools read.
+
+| written by                  | keys                                         | the word                      |
+|-----------------------------|----------------------------------------------|-------------------------------|
+| diffusers, this library     | the placeholder itself                       | the key                       |
+| AUTOMATIC1111 (`.pt`)       | string_to_token, string_to_param {'*'}, name | `name`                        |
+| kohya, invoke-training      | emb_params                                   | none inside: the file's stem  |
+| rinongal/textual_inversion  | string_to_param, a torch.nn.ParameterDict    | none inside: the file's stem  |
+| SDXL tools                  | clip_l, clip_g                               | refused: two encoders         |
+
+Nothing in a file is executed: pickles are read with torch's restricted unpickler, and
+`torch.nn.ParameterDict` is the one class added to what it allows. A file with one tensor is what diffusers,
+AUTOMATIC1111, ComfyUI and InvokeAI all accept (a second tensor breaks two of them), so all else is written
+into the safetensors metadata.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from inversion.errors import InversionError
+
+
+def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every learned word of a file, and what the file says about itself.
+
+    Returns ({word: (n, D) float32 on the CPU, finite}, metadata). Raises InversionError for what is missing,
+    damaged, made for two text encoders, or not an embedding.
+    """
+    if not path.is_file():
+        raise InversionError(f"there is no embedding file at {path}")
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head.startswith(b"version "):
+        raise InversionError(
+            f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`, or anew"
+        )
+    content, metadata = _read_safetensors(path) if _is_safetensors(path, head) else _read_pickle(path)
+    named, said = _named(content, path)
+    return {word: _vectors(value, word, path) for word, value in named.items()}, metadata | said
+
+
+def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[str, str]) -> None:
+    """Write one tensor (n, D) under the key `word`, beside the target, and rename: never half a file.
+
+    The folder is made if need be. `format: pt` is added to the metadata, which some readers insist on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    try:
+        tensors = {word: vectors.detach().float().cpu().contiguous()}
+        beside.write_bytes(save(tensors, {**metadata, "format": "pt"}))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    return path.suffix == ".safetensors" or head[8:9] == b"{"  # after the header's length comes its JSON
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise InversionError(f"{path} is damaged or cut short ({error}): download it again") from error
+
+
+def _read_pickle(path: Path) -> tuple[Any, dict[str, str]]:
+    try:
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+            return torch.load(path, map_location="cpu", weights_only=True), {}
+    except Exception as error:  # a foreign file may fail in any way at all
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InversionError(
+            f"{path} cannot be read as plain tensors ({reason}): it is damaged, or no embedding file"
+        ) from error
+
+
+def _named(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors by word, and what the format says beside them."""
+    if not isinstance(content, Mapping) or not content:
+        raise InversionError(f"{path} holds no learned embedding: a {type(content).__name__} was found")
+    if "clip_g" in content:
+        raise InversionError(
+            f"{path} was made for SDXL, with two text encoders (clip_l, clip_g); the models here have one: "
+            "use a file made for Stable Diffusion 1.x or 2.x"
+        )
+    if "string_to_param" in content:
+        params = dict(content["string_to_param"].items())
+        name = content.get("name")
+        if len(params) == 1:
+            params = {name if isinstance(name, str) and name else path.stem: next(iter(params.values()))}
+        known = {"steps": "step", "source": "sd_checkpoint_name"}
+        return params, {
+            ours: str(content[key]) for ours, key in known.items() if content.get(key) is not None
+        }
+    return {path.stem if key == "emb_params" else str(key): value for key, value in content.items()}, {}
+
+
+def _vectors(value: Any, word: str, path: Path) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
+        found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D)")
+    vectors = value.detach().float().reshape(-1, value.shape[-1]).contiguous()
+    if not vectors.numel() or not vectors.isfinite().all():
+        raise InversionError(
+            f"the vectors of {word!r} in {path} are empty or not finite: the training that made them failed"
+        )
+    return vectors

@@ -1,0 +1,126 @@
+"""Photographs as the trainer wants them: upright, square, of one size, in memory.
+
+A camera stores its picture as the sensor lay and notes the turn in EXIF; here it is turned. A photograph is
+cropped to the largest centred square, never squashed, and resampled with Lanczos's filter. Transparent pixels
+lie on white. Nothing is mirrored: that ruins what is not symmetric, and is the caller's to ask for. All files
+are decoded before anything else happens, so that a damaged one is met in the first second and not in the
+second epoch.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inversion.errors import InversionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SMALLEST_SIDE = 16  # below this there is nothing to learn from: an icon in a favicon has 16
+ENLARGED = 2  # a side enlarged by more than this factor is worth a word
+
+
+def read_folder(folder: str | Path, size: int, recursive: bool = False) -> Tensor:
+    """Every image of a folder, in the order of their names.
+
+    Returns (N, 3, size, size) float32 in [-1, 1]. Warns and raises as `find_images` and `read_images` do.
+    """
+    return read_images(find_images(folder, recursive), size)
+
+
+def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder (with `recursive`, of its subfolders too), in the order of their names.
+
+    Hidden and foreign files are left out with one warning that names them; captions (a .txt beside an image
+    of the same stem) are no foreign files. Raises InversionError for a folder that is missing, empty, or has
+    no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InversionError(f"there is no folder of images at {folder}")
+    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
+    if not found:
+        raise InversionError(f"the folder {folder} is empty: put the images to learn from into it")
+    files = [file for file in found if not (recursive and file.is_dir())]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    images = [file for file in images if file.is_file()]
+    captions = {image.with_suffix(".txt") for image in images}
+    foreign = [str(file.relative_to(folder)) for file in files if file not in captions and file not in images]
+    if not images:
+        raise InversionError(
+            f"the folder {folder} holds no readable image, only {_listed(foreign)}: "
+            f"readable are {', '.join(sorted(SUFFIXES))}"
+        )
+    if foreign:
+        warnings.warn(f"skipped in {folder}, not an image: {_listed(foreign)}", UserWarning, stacklevel=2)
+    return images
+
+
+def read_images(files: Sequence[Path], size: int) -> Tensor:
+    """Decode, turn, crop and resample.
+
+    Returns (N, 3, size, size) float32 in [-1, 1]. One warning names the images that are enlarged more than
+    twofold. Raises InversionError for a file that is damaged, or smaller than 16 pixels on a side.
+    """
+    pixels, small = [], []
+    for file in files:
+        image = _decode(file)
+        side = min(image.size)
+        if side < SMALLEST_SIDE:
+            raise InversionError(
+                f"{file} has only {image.width}×{image.height} pixels: there is nothing to learn in it: "
+                "remove it, or put a larger one in its place"
+            )
+        if side * ENLARGED < size:
+            small.append(f"{file.name} ({image.width}×{image.height})")
+        pixels.append(torch.from_numpy(np.asarray(_square(image, size)).copy()))  # (size, size, 3)
+    if small:
+        warnings.warn(
+            f"enlarged to {size}×{size}, and so blurred: {_listed(small)}", UserWarning, stacklevel=2
+        )
+    return torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _decode(file: Path) -> "Image":
+    """One file, turned upright, as RGB over white."""
+    from PIL import Image, ImageOps
+
+    if not file.is_file():
+        raise InversionError(f"there is no image at {file}")
+    try:
+        with Image.open(file) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders of some twenty formats fail in their own ways
+        reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise InversionError(
+            f"{file} is damaged or cut short ({reason}): remove it, or copy it again"
+        ) from error
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8)
+        )
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _square(image: "Image", size: int) -> "Image":
+    """The largest centred square, resampled."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

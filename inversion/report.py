@@ -1,0 +1,73 @@
+"""A training at a glance: its loss curve, and one picture of what was shown and what was learned."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def loss_curve(
+    file: Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None
+) -> None:
+    """Draw validation and training losses, and each vector's norm and cosine to its start, into a PNG.
+
+    history: as `Result.history`. caption: the concept's plain words and their loss, drawn as a line to beat.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    losses, vectors = figure.subplots(1, 2, width_ratios=(3, 2))
+    steps = [row["step"] for row in history]
+    trained = [(row["step"], row["loss"]) for row in history if row["loss"] is not None]
+    losses.plot(*zip(*trained), color="0.75", label="training (random draws)") if trained else None
+    losses.plot(steps, [row["validation_loss"] for row in history], marker=".", label="validation (fixed)")
+    if caption is not None:
+        losses.axhline(
+            caption[1], color="tab:red", linestyle=":", label=f"validation, “{caption[0]}” as words"
+        )
+    losses.set(xlabel="step", ylabel="loss", title="denoising loss")
+    losses.legend()
+    for key, style in (("norms", "-"), ("cosines", "--")):
+        vectors.plot(steps, [row[key] for row in history], style, color="tab:blue", alpha=0.7)
+    vectors.plot([], [], "-", color="tab:blue", label="norm")
+    vectors.plot([], [], "--", color="tab:blue", label="cosine to the start")
+    vectors.set(xlabel="step", title="learned vectors")
+    vectors.legend()
+    _write(figure, file)
+
+
+def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
+    """Draw rows of images under their labels into a PNG.
+
+    rows: (label, images (K, 3, H, W) in [-1, 1]), K of each row's own. columns: what stands above the columns
+    of the rows after the first, whose images have no seed.
+    """
+    from matplotlib.figure import Figure
+
+    width = max(len(images) for _, images in rows)
+    figure = Figure(figsize=(1.6 * width, 2.0 * len(rows)), layout="constrained")
+    grid = figure.subfigures(len(rows), 1, squeeze=False)
+    for i, ((label, images), part) in enumerate(zip(rows, grid[:, 0])):
+        part.suptitle(label, x=0.01, horizontalalignment="left", fontsize=11)
+        for j, axes in enumerate(part.subplots(1, width, squeeze=False)[0]):
+            axes.axis("off")
+            if j < len(images):
+                pixels = ((images[j].clamp(-1, 1) + 1) / 2).permute(1, 2, 0)  # (H, W, 3)
+                axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
+            if i and j < len(columns):
+                axes.set_title(columns[j], fontsize=8, pad=2)
+    _write(figure, file)
+
+
+def _write(figure: "Figure", file: Path) -> None:
+    beside = file.with_name(file.name + ".part")
+    try:
+        figure.savefig(beside, format="png", dpi=150)
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)

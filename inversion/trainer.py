@@ -1,0 +1,90 @@
+"""A whole training in one call: every step, what is kept on disk meanwhile, and the numbers at the end."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from inversion.concept import Concept
+from inversion.config import TrainConfig
+from inversion.training import DEFAULTS, StepReport, Training
+
+
+@dataclass(frozen=True)
+class Result:
+    """concept: with the best vectors. history: a row a validation, with each vector's norm and cosine to its
+    start.
+
+    metrics: validation_loss_initial, _best, _caption (None without a name), best_step, steps, skipped_steps,
+    seconds, peak_memory_bytes.
+    """
+
+    concept: Concept
+    metrics: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
+
+
+def train(
+    model: Any, concept: Concept, images: Tensor, templates: Sequence[Sequence[str]],
+    config: TrainConfig = DEFAULTS,
+    *, name: str | None = None, file: Path | None = None, resume: bool = False, keep_encoder: bool = False,
+    on_step: Callable[[StepReport], object] | None = None,
+) -> Result:  # fmt: skip
+    """Learn a word, and write it.
+
+    images, templates, keep_encoder: see `Training`. name: what the concept is in plain words, for the loss
+    that the word competes with. file: where the best concept goes, FILE.safetensors, and beside it the state
+    of the training, FILE.training.pt: at every checkpoint, at the end, and before any interruption (Ctrl-C
+    too) is passed on. resume: continue from that state. on_step: called after each step.
+
+    Raises what `Training` does, and InversionError when there is nothing to resume.
+    """
+    training = Training(model, concept, images, templates, config, keep_encoder)
+    if resume and file is not None:
+        training.resume(state_file(file))
+    try:
+        for report in training.steps():
+            if file is not None and report.step % config.checkpoint_every == 0:
+                training.save(state_file(file))
+            if on_step is not None:
+                on_step(report)
+    finally:
+        if file is not None and training.state.history:
+            training.save(state_file(file))
+            if training.state.best_step:
+                training.best().save(file)
+    if file is not None:
+        training.best().save(file)
+    return Result(training.best(), _metrics(training, name), training.state.history)
+
+
+def state_file(file: Path) -> Path:
+    """Where the state of the training of a concept's file is kept."""
+    return file.with_suffix(".training.pt")
+
+
+def peak_memory() -> int:
+    """The largest resident size that this process has had, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _metrics(training: Training, name: str | None) -> dict[str, Any]:
+    state = training.state
+    return {
+        "validation_loss_initial": state.history[0]["validation_loss"],
+        "validation_loss_best": state.best_loss,
+        "validation_loss_caption": None if name is None else training.validation.loss(name),
+        "best_step": state.best_step,
+        "steps": state.step,
+        "skipped_steps": state.skipped,
+        "seconds": round(state.seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+    }

@@ -1,0 +1,71 @@
+"""The output folder of a run: a new one, or an interrupted run's, which goes on with its own flags."""
+
+import dataclasses
+import json
+import os
+import time
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from inversion import InversionError
+
+FLAGS = "run.json"
+
+
+def new_folder(output: Path | None, name: str) -> Path:
+    """Where a run goes, not made yet: `output`, or outputs/<time>-<name>.
+
+    Raises InversionError if anything is there, or nothing can be written there.
+    """
+    folder = output or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InversionError(f"nothing can be written to {folder}, as {above} is: choose another --output")
+    if folder.exists() and any(folder.iterdir()):
+        raise InversionError(
+            f"{folder} already holds something: choose another --output, or, if it is an interrupted run, "
+            f"continue it with --resume {folder}"
+        )
+    return folder
+
+
+def save_flags(folder: Path, config: Any) -> None:
+    """Note the flags of a run, a dataclass, in its folder."""
+    write_json(folder / FLAGS, dataclasses.asdict(config))
+
+
+def resumed(folder: Path, config: Any) -> Any:
+    """The flags that the run in a folder was started with, as config's dataclass.
+
+    config: the flags given now. Raises InversionError if the folder holds no run, or a flag was given
+    (differs from its default) that is not as it was.
+    """
+    try:
+        saved = json.loads((folder / FLAGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InversionError(f"{folder} is not the folder of a run: it has no readable {FLAGS}") from error
+    hints = typing.get_type_hints(type(config))
+    saved = {key: _as(hints[key], value) for key, value in saved.items() if key in hints}
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name)
+        if field.name != "resume" and given != field.default and given != saved.get(field.name):
+            raise InversionError(
+                f"the run in {folder} has {field.name} {saved.get(field.name)}, not {given}: leave it out"
+            )
+    return type(config)(**saved)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write beside the file, and rename; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(file.name + ".part")
+    beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """A value read from JSON as the type of its flag: paths were written as text."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return Path(value) if value is not None and Path in options else value

@@ -1,0 +1,197 @@
+"""Learn a word from a few images.
+
+    python scripts/train_inversion.py
+    python scripts/train_inversion.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --images photos \\
+        --token "<frida>" --init "dog"
+
+Without a flag the embedded model learns "<poodle>", a word that it has never met, from the example images
+that come with it. The output folder gets the concept (a file of a few KB), metrics.json, loss.png, and
+comparison.png: the images, samples with the initial word, and samples with the learned word, over the same
+seeds. Ctrl-C saves before it leaves; `--resume FOLDER` continues with the same numbers, bit for bit.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _command import run
+from _runs import new_folder, resumed, save_flags, write_json
+from torch import Tensor
+from tqdm import tqdm
+
+import inversion
+import models
+from guidance import generate
+from inversion import Concept, InversionError, StepReport, TrainConfig, find_images, read_images
+from inversion.report import comparison, loss_curve
+
+EXAMPLE = Path(inversion.__file__).parent / "data" / "poodle"
+
+
+@dataclass
+class Config:
+    model: str = "emoji"
+    """The embedded model's name, a folder, a .safetensors or .ckpt file, or a hub id."""
+    images: Path = EXAMPLE
+    """A folder of images; a .txt beside an image, of the same stem, is its caption."""
+    token: str = "<poodle>"
+    """The new word."""
+    init: str = "dog"
+    """A word or phrase to start from, or the file of a concept."""
+    vectors: int | None = None
+    """How many vectors the word has; None takes one a token of --init."""
+    name: str | None = None
+    """The concept in plain words, to compare with and to name the files; None strips the token."""
+    templates: str | None = None
+    """object, style, emoji, or a text file with {} for the word; None suits the model."""
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulation: int | None = None
+    """Batches whose gradients make one step."""
+    learning_rate: float | None = None
+    resolution: int | None = None
+    """Side of the square images, in pixels; None is the model's own."""
+    flip: bool = False
+    """Learn from each image's mirror image too."""
+    dtype: str | None = None
+    """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
+    device: str | None = None
+    """None is the GPU if there is one."""
+    prediction: str | None = None
+    """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
+    samples: int = 6
+    """Images to draw with either word, for comparison.png; 0 draws none."""
+    seed: int = 0
+    output: Path | None = None
+    """A new folder to write into; None is outputs/<time>-<name>."""
+    resume: Path | None = None
+    """The output folder of an interrupted run, to continue it with the flags it was started with."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What suits a family of models; a flag that is None takes it from here."""
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    validation_pairs: int
+    templates: str
+    prompt: str
+    scale: float
+
+
+RECIPES = {"emoji": Recipe(300, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4.0)}
+PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 7.5)
+
+
+def main(config: Config) -> None:
+    """Learn, write, draw."""
+    output = config.resume or new_folder(config.output, slug(config))
+    config = resumed(output, config) if config.resume else config
+    files, model = find_images(config.images), load(config)
+    recipe = RECIPES.get(model.family, PHOTOGRAPHS)
+    size = model.resolution if config.resolution is None else config.resolution
+    model.x0_shape(size, size)
+    start, images = starting_concept(config, model), read_images(files, size)
+    templates = inversion.read_templates(config.templates or recipe.templates)
+    prompts = inversion.templates_for(files, templates, config.token)
+    inversion.check_prompts(model.tokenizer, start, prompts)
+
+    chosen = {key: getattr(config, key) for key in ("steps", "batch_size", "accumulation", "learning_rate")}
+    numbers = {key: getattr(recipe, key) if value is None else value for key, value in chosen.items()}
+    numbers |= {"validation_pairs": recipe.validation_pairs, "validate_every": max(1, numbers["steps"] // 12)}
+    settings = TrainConfig(**numbers, seed=config.seed)
+    name, file = plain_name(config), output / f"{slug(config)}.safetensors"
+    seen, prompts = (torch.cat([images, images.flip(-1)]), prompts * 2) if config.flip else (images, prompts)
+    save_flags(output, config)
+    with progress(config.token, settings.steps, output) as on_step:
+        resume = inversion.state_file(file).exists()
+        result = inversion.train(
+            model, start, seen, prompts, settings, name=name, file=file, resume=resume, on_step=on_step
+        )
+    report(output, name, result, settings)
+    del model  # there need not be room for two
+    if config.samples:
+        draw(config, output, recipe.prompt, recipe.scale, images, [start, result.concept])
+    print(f"wrote {output}")
+
+
+def load(config: Config) -> models.LatentModel:
+    """The model that the flags name."""
+    dtype = getattr(torch, config.dtype, config.dtype) if config.dtype else None
+    return models.load(config.model, dtype=dtype, device=config.device, prediction=config.prediction)
+
+
+def starting_concept(config: Config, model: models.LatentModel) -> Concept:
+    """From a concept's file if --init names one, else from the vectors of its words."""
+    if Path(config.init).suffix not in (".safetensors", ".pt", ".bin"):
+        return Concept.from_text(model, config.token, config.init, config.vectors)
+    loaded = Concept.load(config.init, model.width)
+    if config.vectors not in (None, len(loaded.vectors)):
+        raise InversionError(f"{config.init} holds {len(loaded.vectors)} vectors, not {config.vectors}")
+    return Concept(config.token, loaded.vectors, {"init": config.init, "init_rule": "vectors of a file"})
+
+
+def plain_name(config: Config) -> str:
+    """The concept in plain words."""
+    return config.name or re.sub(r"\W+", " ", config.token).strip() or "concept"
+
+
+def slug(config: Config) -> str:
+    """The concept's name as a file's."""
+    return re.sub(r"\W+", "-", plain_name(config).lower()).strip("-") or "concept"
+
+
+@contextmanager
+def progress(token: str, steps: int, output: Path) -> Iterator[Callable[[StepReport], None]]:
+    """A bar with the loss; after Ctrl-C, how to go on."""
+    with tqdm(total=steps, desc=f"learning {token}", unit="step") as bar:
+
+        def on_step(step: StepReport) -> None:
+            bar.initial = bar.initial if bar.n else step.step - 1     # a resumed run starts in the middle
+            bar.set_postfix(loss=f"{step.loss:.4f}", best=f"{step.best_loss:.4f}", refresh=False)
+            bar.update(step.step - bar.n)
+
+        try:
+            yield on_step
+        except KeyboardInterrupt:
+            bar.write(f"interrupted; continue with --resume {output}")
+            raise
+
+
+def report(output: Path, name: str, result: inversion.Result, settings: TrainConfig) -> None:
+    """Write metrics.json and loss.png, and say in a line what came out."""
+    numbers = {"name": name, **result.metrics, "settings": dataclasses.asdict(settings)}
+    write_json(output / "metrics.json", numbers | {"history": result.history})
+    first, best, words = (result.metrics[f"validation_loss_{key}"] for key in ("initial", "best", "caption"))
+    loss_curve(output / "loss.png", result.history, (name, words))
+    fell = f"{first:.4f} -> {best:.4f} ({best / first - 1:+.1%})"
+    print(f"validation loss {fell}; of “{name}” as plain words {words:.4f}")
+    if not result.metrics["best_step"]:
+        print("no step was better than the start, which is what was written: try another learning rate")
+
+
+def draw(
+    config: Config, output: Path, prompt: str, scale: float, images: Tensor, concepts: Sequence[Concept]
+) -> None:
+    """Write comparison.png: the images, and samples with each concept over the same seeds."""
+    model, size, seeds = load(config), images.shape[-1], range(config.samples)
+    rows = [("images to learn from", images[: config.samples])]
+    text, before = (prompt.replace("{}", word) for word in (config.token, config.init))
+    for concept, label in zip(concepts, (f"before: {before}", f"learned: {text}")):
+        drawn = generate(
+            model, [text] * config.samples, scale=scale, height=size, width=size, concepts=[concept],
+            generator=config.seed, progress=True,
+        )  # fmt: skip
+        rows.append((label, drawn))
+    comparison(output / "comparison.png", rows, [f"seed {config.seed + i}" for i in seeds])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,33 @@
+import pytest
+
+from inversion import InversionError, TrainConfig
+
+
+def test_the_rate_warms_up_and_follows_half_a_cosine() -> None:
+    config = TrainConfig(steps=10, warmup=2, learning_rate=1.0)
+    assert [round(config.rate(k), 4) for k in range(10)] == [
+        0.5, 1.0, 1.0, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381,
+    ]  # fmt: skip
+
+
+def test_the_rate_can_stay() -> None:
+    config = TrainConfig(steps=5, warmup=1, learning_rate=0.3, schedule="constant")
+    assert {config.rate(k) for k in range(5)} == {0.3}
+
+
+def test_a_warm_up_longer_than_the_training_only_rises() -> None:
+    config = TrainConfig(steps=2, warmup=4, learning_rate=1.0)
+    assert [config.rate(k) for k in range(2)] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0}, {"batch_size": 0}, {"accumulation": 0}, {"validate_every": 0}, {"validation_pairs": 0},
+        {"checkpoint_every": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"clip_norm": -1.0},
+        {"warmup": -1}, {"patience": 0}, {"seed": -1}, {"seed": 2**32}, {"schedule": "linear"},
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_work_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(InversionError):
+        TrainConfig(**bad)

@@ -1,0 +1,124 @@
+"""Files of every tool, from the reference cases (see tests/fixtures/embeddings/README.json)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inversion import Concept, InversionError
+
+FILES = Path(__file__).parents[1] / "fixtures" / "embeddings"
+EXPECTED = load_file(FILES / "expected_vectors.safetensors")["vectors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("diffusers.safetensors", "<frida>"),
+        ("diffusers.bin", "<frida>"),
+        ("a1111.pt", "frida-dog"),
+        ("a1111_legacy_container.pt", "frida-dog"),
+        ("kohya.safetensors", "kohya"),
+        ("rinongal_embeddings.pt", "rinongal_embeddings"),
+    ],
+)
+def test_every_format_gives_the_same_vectors(name: str, word: str) -> None:
+    concept = Concept.load(FILES / name, width=768)
+    assert concept.placeholder == word
+    assert torch.equal(concept.vectors, EXPECTED)
+    assert not concept.vectors.requires_grad
+
+
+def test_half_precision_is_read_as_float32() -> None:
+    vectors = Concept.load(FILES / "kohya_fp16.pt").vectors
+    assert vectors.dtype == torch.float32
+    assert torch.equal(vectors, EXPECTED.half().float())
+
+
+def test_one_flat_vector_is_one_row() -> None:
+    assert torch.equal(Concept.load(FILES / "diffusers_one_vector_1d.bin").vectors, EXPECTED[:1])
+
+
+def test_what_a1111_says_of_itself_is_kept() -> None:
+    metadata = Concept.load(FILES / "a1111.pt").metadata
+    assert metadata == {"steps": "499", "source": "v1-5-pruned-emaonly"}
+
+
+def test_a_word_can_be_renamed() -> None:
+    assert Concept.load(FILES / "kohya.safetensors", placeholder="<frida>").placeholder == "<frida>"
+
+
+def test_of_two_words_one_is_asked_for() -> None:
+    file = FILES / "two_concepts.safetensors"
+    with pytest.raises(InversionError, match=r"2 words \(<a>, <b>\): say which one"):
+        Concept.load(file)
+    first, second = (Concept.load(file, placeholder=word) for word in ("<a>", "<b>"))
+    both = load_file(file)
+    assert torch.equal(first.vectors, both["<a>"])
+    assert torch.equal(second.vectors, both["<b>"])
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "message"),
+    [
+        ("sdxl.safetensors", None, r"made for SDXL.*two text encoders.*Stable Diffusion 1\.x or 2\.x"),
+        (
+            "sd2_width_1024.safetensors",
+            768,
+            r"1024 \(learned with Stable Diffusion 2.*768 \(Stable Diffusion 1",
+        ),
+        ("diffusers.safetensors", 1024, r"768 \(learned with Stable Diffusion 1.*1024 \(Stable Diffusion 2"),
+        ("non_finite.safetensors", None, "empty or not finite"),
+        ("git_lfs_pointer.safetensors", None, "git-lfs pointer.*git lfs pull"),
+        ("truncated.safetensors", None, "damaged or cut short"),
+        ("nothing.safetensors", None, "there is no embedding file"),
+    ],
+)
+def test_what_is_refused(name: str, width: int | None, message: str) -> None:
+    with pytest.raises(InversionError, match=message):
+        Concept.load(FILES / name, width=width)
+
+
+def test_the_family_that_a_file_names_wins_over_its_width(tmp_path: Path) -> None:
+    Concept("<x>", torch.zeros(1, 160), {"family": "emoji"}).save(tmp_path / "x.safetensors")
+    with pytest.raises(InversionError, match=r"width 160 \(learned with emoji\).*768"):
+        Concept.load(tmp_path / "x.safetensors", width=768)
+
+
+class Bomb:
+    """Runs something when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
+    torch.save({"<x>": torch.zeros(1, 8), "bomb": Bomb(tmp_path / "ran")}, tmp_path / "x.pt")
+    with pytest.raises(InversionError, match="cannot be read as plain tensors"):
+        Concept.load(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"<x>": "text"}, {"<x>": torch.zeros(1, 2, 3)}, {"<x>": torch.zeros(2, 3).int()}, [1, 2]]
+)
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InversionError, match="embedding"):
+        Concept.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("data", [b"", b"not a pickle at all", b"PK\x03\x04 half a zip"])
+def test_damaged_pickles_are_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.bin").write_bytes(data)
+    with pytest.raises(InversionError, match="damaged"):
+        Concept.load(tmp_path / "x.bin")
+
+
+def test_a_safetensors_file_is_known_by_its_content(tmp_path: Path) -> None:
+    save_file({"<x>": torch.ones(2, 8)}, tmp_path / "x.pt")
+    assert torch.equal(Concept.load(tmp_path / "x.pt").vectors, torch.ones(2, 8))

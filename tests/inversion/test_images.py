@@ -1,0 +1,177 @@
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inversion import InversionError, find_images, read_folder, read_images
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def colour(images: Tensor, y: int, x: int, i: int = 0) -> tuple[int, int, int]:
+    """The 8-bit colour of a pixel."""
+    return tuple(((images[i, :, y, x] + 1) * 127.5).round().int().tolist())
+
+
+def halves(size: tuple[int, int], left: tuple = RED, right: tuple = BLUE) -> Image.Image:
+    """An image whose halves differ."""
+    image = Image.new("RGB", size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
+
+
+@pytest.fixture(autouse=True)
+def no_surprising_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_shape_dtype_and_range(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (0, 255, 51)).save(tmp_path / "a.png")
+    images = read_folder(tmp_path, 32)
+    assert images.shape == (1, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert images[0, :, 0, 0].tolist() == pytest.approx([-1, 1, -0.6])
+
+
+def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, rgb in (("b.png", BLUE), ("a.JPG", RED), ("c.webp", GREEN)):
+        Image.new("RGB", (32, 32), rgb).save(tmp_path / name)
+    assert [file.name for file in find_images(tmp_path)] == ["a.JPG", "b.png", "c.webp"]
+    assert colour(read_folder(tmp_path, 32), 5, 5, i=1) == BLUE
+
+
+def test_a_camera_s_turn_is_undone(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise by 90° to see it upright
+    halves((64, 64)).save(tmp_path / "a.png", exif=exif)
+    images = read_folder(tmp_path, 64)
+    assert colour(images, 2, 32) == RED  # what was left is now on top
+    assert colour(images, 61, 32) == BLUE
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96)])
+def test_an_image_is_cropped_in_the_middle_never_squashed(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, RED)
+    image.paste(GREEN, ((size[0] - 32) // 2, (size[1] - 32) // 2, (size[0] + 32) // 2, (size[1] + 32) // 2))
+    image.save(tmp_path / "a.png")
+    images = read_folder(tmp_path, 32)
+    assert {colour(images, y, x) for y in (0, 15, 31) for x in (0, 15, 31)} == {GREEN}
+
+
+def test_lanczos_is_what_resamples(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    expected = np.asarray(Image.fromarray(noise).resize((32, 32), Image.Resampling.LANCZOS))
+    found = ((read_folder(tmp_path, 32)[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_on_white(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 16, 32))
+    image.convert(mode).save(
+        tmp_path / "a.png", **({"transparency": image.convert("P").getpixel((31, 0))} if mode == "P" else {})
+    )
+    images = read_folder(tmp_path, 32)
+    assert colour(images, 5, 29) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "RGB"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    Image.new("RGB", (32, 32), (255, 255, 255)).convert(mode).save(
+        tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    )
+    assert colour(read_folder(tmp_path, 32), 5, 5) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 0x4040, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert colour(read_folder(tmp_path, 32), 5, 5) == (0x40, 0x40, 0x40)
+
+
+def test_hidden_and_foreign_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for name in (".DS_Store", "notes.md", "b.txt", "a.txt", "raw.heic"):
+        (tmp_path / name).write_bytes(b"\x00\x01 <x>")
+    (tmp_path / "more").mkdir()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        files = find_images(tmp_path)
+    assert [file.name for file in files] == ["a.png"]
+    (warning,) = found
+    for name in (".DS_Store", "notes.md", "b.txt", "raw.heic", "more"):
+        assert name in str(warning.message)
+    assert "a.txt" not in str(warning.message)  # it is the caption of a.png
+
+
+def test_hidden_images_are_hidden(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "._a.png")
+    with pytest.warns(UserWarning, match=r"\._a\.png"):
+        assert len(find_images(tmp_path)) == 1
+
+
+def test_subfolders_are_read_only_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "in" / "a.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    assert [file.name for file in find_images(tmp_path, recursive=True)] == ["b.png", "a.png"]
+
+
+def test_enlarging_a_lot_is_said_once(tmp_path: Path) -> None:
+    for name, side in (("a.png", 31), ("b.png", 20), ("c.png", 32)):
+        Image.new("RGB", (side, 64)).save(tmp_path / name)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        read_folder(tmp_path, 64)
+    (warning,) = found
+    assert "a.png (31×64), b.png (20×64)" in str(warning.message)
+    assert "c.png" not in str(warning.message)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(InversionError, match="there is no folder of images"):
+        read_folder(tmp_path / "none", 32)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(InversionError, match="is empty: put the images"):
+        read_folder(tmp_path, 32)
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("hello")
+    with pytest.raises(InversionError, match=r"no readable image, only notes\.md: readable are \.bmp"):
+        read_folder(tmp_path, 32)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 0.5, 0.9])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_truncated_image(tmp_path: Path, keep: float, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(file)
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
+    with pytest.raises(InversionError, match=rf"a\.{suffix} is damaged or cut short"):
+        read_folder(tmp_path, 32)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (640, 15)])
+def test_an_image_of_nothing(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(InversionError, match=rf"a\.png has only {size[0]}×{size[1]} pixels"):
+        read_folder(tmp_path, 32)
+
+
+def test_a_missing_image(tmp_path: Path) -> None:
+    with pytest.raises(InversionError, match="there is no image at"):
+        read_images([tmp_path / "a.png"], 32)

@@ -1,0 +1,266 @@
+"""`scripts/train_inversion.py` over a tiny model of random weights: what it writes, resumes and refuses."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from inversion import Concept, InversionError
+from models import ModelError
+from tests.tiny import tiny_model
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_inversion.py"
+QUICK = {"templates": "emoji", "steps": 4, "batch_size": 4, "learning_rate": 1e-2, "samples": 2}
+QUICK |= {"accumulation": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and images, one with a caption."""
+    path = tmp_path_factory.mktemp("tiny")
+    models.save(tiny_model(), path / "model")
+    (path / "photos").mkdir()
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path / "photos" / f"{i}.png")
+    (path / "photos" / "1.txt").write_text("a photo of a large <frida>")
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("train_inversion", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.generate = partial(module.generate, steps=4)  # where 50 would only take longer
+    return module
+
+
+@pytest.fixture
+def config(script: ModuleType, folder: Path, tmp_path: Path) -> Any:
+    """Flags of a quick run."""
+    given = {"model": str(folder / "model"), "images": folder / "photos", "token": "<frida>"}
+    return script.Config(**given, output=tmp_path / "out", **QUICK)
+
+
+def command(folder: Path, **flags: object) -> subprocess.Popen:
+    """The script in a process of its own."""
+    flags = {"model": folder / "model", "images": folder / "photos", "token": "<frida>"} | QUICK | flags
+    given = [text for key, value in flags.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *given], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
+    )  # fmt: skip
+
+
+def numbers(path: Path) -> dict[str, Any]:
+    """metrics.json without what differs between two equal runs."""
+    metrics = json.loads((path / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key not in ("seconds", "peak_memory_bytes")}
+
+
+def test_a_run_leaves_everything(script: ModuleType, config: Any, capsys: pytest.CaptureFixture) -> None:
+    script.main(replace(config, init="white dog", name="a large dog"))
+    found = {path.name for path in config.output.iterdir()}
+    concept, state = "a-large-dog.safetensors", "a-large-dog.training.pt"
+    assert found == {"run.json", "metrics.json", "loss.png", "comparison.png", concept, state}
+    metrics = json.loads((config.output / "metrics.json").read_text())
+    wanted = {f"validation_loss_{key}" for key in ("initial", "best", "caption")}
+    assert wanted | {"steps", "seconds", "peak_memory_bytes"} <= set(metrics)
+    assert metrics["validation_loss_best"] < metrics["validation_loss_initial"]
+    learned = Concept.load(config.output / concept)
+    assert (learned.placeholder, learned.vectors.shape) == ("<frida>", (2, 32))
+    for name in ("loss.png", "comparison.png"):
+        assert min(Image.open(config.output / name).size) > 300
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_the_picture_holds_images_and_both_words_over_the_same_seeds(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        script, "comparison", lambda _, rows, columns: drawn.update(rows=rows, columns=columns)
+    )
+    script.main(replace(config, seed=7, learning_rate=0.3))
+    (_, images), (before, first), (after, second) = drawn["rows"]
+    assert drawn["columns"] == ["seed 7", "seed 8"]
+    assert (before, after) == ("before: a photo of dog", "learned: a photo of <frida>")
+    assert [tuple(row.shape) for row in (images, first, second)] == [(2, 3, 16, 16)] * 3
+    model = models.load(config.model)
+    words = script.generate(model, "a photo of dog", generator=8, scale=7.5, height=16, width=16)
+    assert torch.allclose(words[0], first[1], atol=1e-4)  # the same vectors; rounding in another batch
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
+def test_mirror_images_are_learned_from_only_when_asked(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def stop(model: object, start: object, images: torch.Tensor, *args: object, **options: object) -> None:
+        seen.append(images)
+        assert len(args[0]) == len(images)
+        raise InversionError("stop")
+
+    monkeypatch.setattr(script.inversion, "train", stop)
+    for i, flip in enumerate((False, True)):
+        with pytest.raises(InversionError, match="stop"):
+            script.main(replace(config, flip=flip, output=config.output / str(i)))
+    assert torch.equal(seen[1], torch.cat([seen[0], seen[0].flip(-1)]))
+
+
+def test_ctrl_c_saves_and_resume_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
+    whole = command(folder, output=tmp_path / "whole", steps=40, samples=0)
+    cut = command(folder, output=tmp_path / "cut", steps=40, samples=0)
+    seen = ""
+    while "| 5/40" not in seen:  # the bar says that the fifth step is done
+        letter = cut.stderr.read(1)
+        assert letter, seen
+        seen += letter
+    cut.send_signal(signal.SIGINT)
+    out, err = cut.communicate(timeout=300)
+    assert cut.returncode == 130, err
+    assert f"continue with --resume {tmp_path / 'cut'}" in out + err
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+
+    again = command(folder, resume=tmp_path / "cut", steps=40, samples=0)
+    for run in (again, whole):
+        _, err = run.communicate(timeout=300)
+        assert run.returncode == 0, err
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    first, second = (Concept.load(tmp_path / run / "frida.safetensors").vectors for run in ("cut", "whole"))
+    assert torch.equal(first, second)
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path) -> None:
+    done = command(folder, init=" ", output=tmp_path / "out")
+    _, err = done.communicate(timeout=300)
+    assert done.returncode == 2
+    assert err.strip() == "the initial text ' ' has no tokens: give a word such as 'dog'"
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(photos: Path, what: str) -> Path:
+    """A folder of images that cannot be used."""
+    photos.mkdir()
+    if what == "truncated":
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / "a.jpg")
+        (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes()[:700])
+    if what == "1x1":
+        Image.new("RGB", (1, 1)).save(photos / "a.png")
+    if what == "unreadable":
+        (photos / "a.doc").write_text("hello")
+    if what == "caption":
+        Image.new("RGB", (32, 32)).save(photos / "a.png")
+        (photos / "a.txt").write_text("a dog")
+    return photos
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("empty", "is empty"),
+        ("unreadable", "no readable image"),
+        ("truncated", r"a\.jpg is damaged or cut short"),
+        ("1x1", r"a\.png has only 1×1 pixels"),
+        ("caption", "does not contain <frida>"),
+    ],
+)
+def test_images_that_are_refused(
+    script: ModuleType, config: Any, tmp_path: Path, what: str, message: str
+) -> None:
+    with pytest.raises(InversionError, match=message):
+        script.main(replace(config, images=spoil(tmp_path / "photos", what)))
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ({"token": "dog"}, InversionError, "already a word of the tokenizer"),
+        ({"token": " "}, InversionError, "cannot be a placeholder"),
+        ({"init": ""}, InversionError, "has no tokens"),
+        ({"init": "a large white dog", "vectors": 3}, InversionError, "does not fit 3 vectors"),
+        ({"vectors": 23}, InversionError, "the template 'a photo of a large {}'.*at most 17 vectors"),
+        ({"templates": "photos"}, InversionError, "no templates are called 'photos'"),
+        ({"resolution": 18}, ModelError, "multiples of 4"),
+        ({"dtype": "float16", "device": "cpu"}, ModelError, "float16"),
+        ({"steps": 0}, InversionError, "steps must be at least 1"),
+        ({"learning_rate": -1.0}, InversionError, "learning_rate must be"),
+        ({"images": Path("nowhere")}, InversionError, "no folder of images at nowhere"),
+        ({"model": "nowhere"}, ModelError, "nowhere"),
+        ({"init": "none.safetensors"}, InversionError, "no embedding file"),
+    ],
+)
+def test_flags_that_are_refused(
+    script: ModuleType, config: Any, flags: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        script.main(replace(config, **flags))
+    assert not config.output.exists()
+
+
+def test_a_template_without_a_slot_is_refused(script: ModuleType, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a photo\n")
+    with pytest.raises(InversionError, match="would have no effect"):
+        script.main(replace(config, templates=str(tmp_path / "t.txt")))
+    assert not config.output.exists()
+
+
+def test_a_folder_of_another_run_is_refused(script: ModuleType, config: Any) -> None:
+    config.output.mkdir()
+    (config.output / "metrics.json").write_text("mine")
+    with pytest.raises(InversionError, match="already holds something: choose another --output"):
+        script.main(config)
+    assert [path.read_text() for path in config.output.iterdir()] == ["mine"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(script: ModuleType, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InversionError, match="nothing can be written"):
+            script.main(replace(config, output=output))
+
+
+def test_what_cannot_be_resumed_is_refused(script: ModuleType, config: Any, tmp_path: Path) -> None:
+    with pytest.raises(InversionError, match="is not the folder of a run"):
+        script.main(script.Config(resume=tmp_path))
+    script.main(replace(config, samples=0, steps=2))
+    assert not (config.output / "comparison.png").exists()
+    with pytest.raises(InversionError, match=r"has seed 0, not 3: leave it out"):
+        script.main(script.Config(resume=config.output, seed=3))
+    script.main(script.Config(resume=config.output))  # a finished run: nothing is left to do
+
+
+def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    Concept("<old>", vectors).save(tmp_path / "old.safetensors")
+    config = replace(config, init=str(tmp_path / "old.safetensors"), samples=0, steps=1, learning_rate=1e-4)
+    script.main(config)
+    learned = Concept.load(config.output / "frida.safetensors")
+    assert learned.placeholder == "<frida>"
+    assert (learned.vectors - vectors).abs().max() <= 1.01e-4  # a step of Adam is as long as its rate
+    with pytest.raises(InversionError, match="holds 2 vectors, not 3"):
+        script.main(replace(config, vectors=3, output=tmp_path / "other"))
+
+
+def test_the_shipped_example_is_there(script: ModuleType) -> None:
+    files = script.find_images(script.Config().images)
+    assert 3 <= len(files) <= 6
+    assert script.read_images(files, 64).shape == (len(files), 3, 64, 64)
