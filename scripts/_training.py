@@ -1,0 +1,114 @@
+"""What the training scripts share: weights with a float32 master, their average, and checkpoints that survive anything.
+
+A step's randomness comes from a generator seeded by (seed, step) alone, so a resumed run repeats the numbers of an
+uninterrupted one bit for bit without keeping any generator's state.
+"""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models import ModelError
+
+
+class Trainer:
+    """AdamW on float32 master weights of networks that compute in another dtype, with their moving average.
+
+    Learning rate: linear warm-up, then half a cosine to zero. The average's decay starts low, (1 + k) / (10 + k),
+    so that it forgets the random start. Gradients are clipped to norm 1.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module], lr: float, steps: int, warmup: int, decay: float) -> None:
+        named = [(f"{key}.{n}", p) for key, net in networks.items() for n, p in net.named_parameters()]
+        self.names, self.weights = [n for n, _ in named], [p for _, p in named]
+        self.master = [p.detach().float().clone().requires_grad_() for p in self.weights]
+        self.average = [p.detach().clone() for p in self.master]
+        self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.lr, self.steps, self.warmup, self.decay, self.step = lr, steps, warmup, decay, 0
+
+    def update(self, loss: Tensor) -> float:
+        """One optimiser step down the gradient of `loss` (a scalar). Returns its value."""
+        loss.backward()
+        for master, weight in zip(self.master, self.weights):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        nn.utils.clip_grad_norm_(self.master, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate(self.step, self.steps, self.warmup)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.master, 1 - decay)
+            for master, weight in zip(self.master, self.weights):
+                weight.copy_(master)
+        return loss.item()
+
+    def put(self, which: list[Tensor]) -> None:
+        """Write `self.master` or `self.average` into the networks."""
+        with torch.no_grad():
+            for value, weight in zip(which, self.weights):
+                weight.copy_(value)
+
+    def save(self, path: Path) -> None:
+        """Everything a resumed run needs, written beside `path` and renamed."""
+        state = {"step": self.step, "names": self.names, "optimizer": self.optimizer.state_dict()}
+        state |= {"master": [p.detach() for p in self.master], "average": self.average}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, beside := path.with_name(path.name + ".part"))
+        os.replace(beside, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a file of `save`. Raises ModelError if it belongs to other networks."""
+        state = torch.load(path, weights_only=True)
+        shapes, mine = ([p.shape for p in several] for several in (state["master"], self.master))
+        if state["names"] != self.names or shapes != mine:
+            raise ModelError(f"{path} holds the training of other networks: give the sizes that it was started with")
+        with torch.no_grad():
+            for key in ("master", "average"):
+                for mine, theirs in zip(getattr(self, key), state[key]):
+                    mine.copy_(theirs)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.put(self.master)
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """The fraction of the learning rate at a step: up in a line, down in half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def run_steps(
+    trainer: Trainer, checkpoint: Path, loss: Callable[[torch.Generator], Tensor], seed: int, save_every: int
+) -> Iterator[tuple[int, float]]:
+    """Train to the last step with a progress bar; save every so often, at the end, and on Ctrl-C before leaving.
+
+    A terminated process (SIGTERM) saves as well: long runs are often in the background, where shells turn Ctrl-C off.
+    Yields (steps done, smoothed loss) after each step.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    smooth = math.nan
+    bar = tqdm(range(trainer.step, trainer.steps), initial=trainer.step, total=trainer.steps, mininterval=2.0)
+    try:
+        for step in bar:
+            value = trainer.update(loss(generator(seed, step)))
+            smooth = value if math.isnan(smooth) else 0.99 * smooth + 0.01 * value
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+            if trainer.step % save_every == 0:
+                trainer.save(checkpoint)
+            yield trainer.step, smooth
+    finally:
+        trainer.save(checkpoint)

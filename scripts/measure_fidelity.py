@@ -1,0 +1,80 @@
+"""Does the model draw what the words say? Draw training captions and look up the nearest training image.
+
+    python scripts/measure_fidelity.py --model emoji
+
+Captions are picked at random (with a fixed seed) from those the model was trained on. Each drawing is encoded again,
+and its latent compared with the latent of every training image, which train_diffusion.py leaves beside the model.
+Printed: how often the nearest image bears the right name, how often one of the nearest five does.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _command import run
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+import models
+from guidance import generate
+from models.loading import EMBEDDED
+
+
+@dataclass
+class Config:
+    """model: "emoji" or a folder of train_diffusion.py. count: how many captions; at most one an image."""
+
+    model: str = "emoji"
+    count: int = 200
+    seed: int = 0
+    steps: int = 30
+    scale: float = 4.0
+    sampler: str = "ddim"
+    batch_size: int = 25
+    output: Path | None = None
+
+
+def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
+    """Latent means (N, C, h, w) float32 of the training images, their names, and one caption of each."""
+    with safe_open(folder / "training_latents.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["rows"])
+        return file.get_tensor("latents").float(), [r["name"] for r in described], [r["caption"] for r in described]
+
+
+def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: list[str]) -> Tensor:
+    """For each drawing (M, C, h, w), how many other names lie nearer than the wanted one: (M,) int64, 0 is best."""
+    order = torch.cdist(drawn.flatten(1), training.flatten(1)).argsort(dim=1)
+    ranks = []
+    for row, name in zip(order.tolist(), wanted):
+        nearest = [names[i] for i in row]
+        ranks.append(nearest.index(name))
+    return torch.tensor(ranks)
+
+
+def main(config: Config) -> None:
+    """Draw, look up, count."""
+    folder = EMBEDDED.get(config.model, Path(config.model))
+    training, names, captions = read_training_set(folder)
+    model = models.load(config.model)
+    g = torch.Generator().manual_seed(config.seed)
+    picked = torch.randperm(len(names), generator=g)[: config.count].tolist()
+    latents = []
+    for i in tqdm(range(0, len(picked), config.batch_size), desc="drawing"):
+        prompts = [captions[j] for j in picked[i : i + config.batch_size]]
+        images = generate(
+            model, prompts, steps=config.steps, scale=config.scale, sampler=config.sampler,
+            generator=config.seed + i,
+        )  # fmt: skip
+        latents.append(model.moments(images).chunk(2, dim=1)[0])
+    ranks = ranks_of_names(torch.cat(latents), training, names, [names[j] for j in picked])
+    found = {f"top{k}": (ranks < k).float().mean().item() for k in (1, 5)}
+    print(f"{len(picked)} captions over {len(set(names))} concepts. The nearest training image shows the named one for")
+    print(f"{found['top1']:.1%}; one of the nearest five does for {found['top5']:.1%}")
+    if config.output:
+        config.output.write_text(json.dumps(found | {"captions": len(picked)}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

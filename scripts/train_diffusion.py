@@ -1,0 +1,166 @@
+"""Train a latent diffusion model on captioned images: the UNet and the text transformer together, the VAE frozen.
+
+    python scripts/train_diffusion.py --data data/emoji/captioned --vae runs/vae --output runs/emoji
+
+Captions are replaced by the empty prompt with a set probability, so that the one network learns the conditional and
+the unconditional score and can guide itself (Ho & Salimans 2022). The weights that are written are an exponential
+moving average. Interrupted with Ctrl-C it saves first; with --resume it continues with the same numbers bit for bit.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from _command import run
+from _runs import new_folder
+from _training import Trainer, run_steps
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import models
+from diffusion import Schedule
+from diffusion.objective import mse, target
+from models.latent import LatentModel
+from models.text import ClipText, ClipTextConfig
+from models.tokenizer import ClipTokenizer
+from models.unet import UNet, UNetConfig
+from models.vae import VAE, VAEConfig
+
+
+@dataclass
+class Config:
+    """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line. vae: the output of train_vae.py.
+
+    caption_dropout: the probability of the empty prompt. dtype: of the networks; masters are float32.
+    """
+
+    data: Path
+    vae: Path
+    output: Path = Path("runs/emoji")
+    family: str = "emoji"
+    model_channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 2, 3)
+    num_res_blocks: int = 1
+    attention_resolutions: tuple[int, ...] = (2,)
+    head_channels: int = 64
+    vocab_size: int = 1500
+    context_length: int = 32
+    text_width: int = 160
+    text_layers: int = 3
+    text_heads: int = 5
+    caption_dropout: float = 0.1
+    steps: int = 6000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    dtype: str = "bfloat16"
+    seed: int = 0
+    save_every: int = 500
+    resume: bool = False
+
+
+def read_captioned(folder: Path) -> tuple[Tensor, list[dict]]:
+    """Images (N, 3, H, W) in [-1, 1] as they lie in the folder, all of one size, and the rows of captions.jsonl."""
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    pixels = np.stack([np.asarray(Image.open(folder / row["file"]).convert("RGB")) for row in rows])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, rows
+
+
+def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
+    """Leave the latents, names and one caption of each training image beside the model, for measure_fidelity.py."""
+    g = random.Random(0)
+    described = [{"name": row["name"], "caption": g.choice(row["captions"])} for row in rows]
+    means = moments.chunk(2, dim=1)[0].half().contiguous()
+    save_file({"latents": means}, folder / "training_latents.safetensors", {"rows": json.dumps(described)})
+
+
+def load_vae(folder: Path) -> VAE:
+    """The autoencoder that train_vae.py left in its output folder."""
+    described = json.loads((folder / "config.json").read_text())
+    vae = VAE(VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])}))
+    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    return vae.eval().requires_grad_(False)
+
+
+def build(config: Config, tokenizer: ClipTokenizer) -> LatentModel:
+    """The untrained model around a trained autoencoder."""
+    torch.manual_seed(config.seed)
+    vae = load_vae(config.vae)
+    latent = vae.config.latent_channels
+    unet = UNet(
+        UNetConfig(
+            latent, latent, config.model_channels, config.channel_mult, config.num_res_blocks,
+            config.attention_resolutions, None, config.head_channels, context_dim=config.text_width,
+        )
+    )  # fmt: skip
+    text = ClipText(
+        ClipTextConfig(
+            tokenizer.vocab_size, config.context_length, config.text_width, config.text_layers, config.text_heads,
+            4 * config.text_width,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)     # as CLIP does; the default is 1
+    torch.nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
+    schedule = {"name": "scaled_linear", "steps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    return LatentModel(
+        family=config.family, unet=unet, vae=vae, text=text, tokenizer=tokenizer, schedule=schedule,
+        prediction="v_prediction", resolution=0, source=str(config.output),
+    )  # fmt: skip
+
+
+def export(model: LatentModel, trainer: Trainer, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model with averaged weights, in float16, and go on training where we were."""
+    model.unet.float(), model.text.float()                           # the average is float32, and so rounded once
+    trainer.put(trainer.average)
+    models.save(model, folder, dtype=torch.float16)
+    model.unet.to(dtype), model.text.to(dtype)
+    trainer.put(trainer.master)
+
+
+def main(config: Config) -> None:
+    """Train, writing the averaged model to output/model at every save."""
+    images, rows = read_captioned(config.data)
+    captions = [row["captions"] for row in rows]
+    tokenizer = ClipTokenizer.train(
+        (c for several in captions for c in several), config.vocab_size, config.context_length
+    )
+    model = build(config, tokenizer)
+    model.resolution = images.shape[-1]
+    latent = model.x0_shape(*images.shape[2:])
+    moments = torch.cat([model.moments(batch) for batch in images.split(64)])
+    ids = torch.stack([tokenizer.encode(several).ids for several in captions])                 # (N, captions, L)
+    empty, schedule = tokenizer.encode([""]).ids, Schedule(**model.schedule)
+
+    dtype = getattr(torch, config.dtype)
+    networks = {"unet": model.unet.to(dtype).train(), "text": model.text.to(dtype).train()}
+    trainer = Trainer(networks, config.learning_rate, config.steps, warmup=200, decay=0.9995)
+    checkpoint = config.output / "training.pt"
+    if config.resume:
+        trainer.load(checkpoint)
+    else:
+        new_folder(config.output, config.family)
+
+    def loss(g: torch.Generator) -> Tensor:
+        b = config.batch_size
+        which = torch.randint(len(moments), (b,), generator=g)
+        caption = ids[which, torch.randint(ids.shape[1], (b,), generator=g)]
+        caption = torch.where(torch.rand(b, 1, generator=g) < config.caption_dropout, empty, caption)
+        noise = torch.randn(2, b, *latent, generator=g)
+        x0 = model.draw_x0(moments[which], noise[0])
+        t = ((torch.rand(b, generator=g) + torch.arange(b)) * (schedule.steps / b)).long()     # one time a stratum
+        x_t = schedule.q_sample(x0, t, noise[1])
+        output = model.unet(x_t.to(dtype), t, model.text(caption).context)
+        return mse(output, target(schedule, model.prediction, x0, t, noise[1])).mean()
+
+    for step, _ in run_steps(trainer, checkpoint, loss, config.seed, config.save_every):
+        if step % config.save_every == 0 or step == config.steps:
+            export(model, trainer, config.output / "model", dtype)
+    save_training_set(config.output / "model", moments, rows)
+    print(f"wrote {config.output / 'model'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,149 @@
+"""`train_vae.py` and `train_diffusion.py` at toy sizes: they resume bit for bit, and what they write is a model."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import models
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    """A script as a module, its neighbours importable."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec = importlib.util.spec_from_file_location(f"oneword_{name}", SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six captioned 16x16 images."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "art").mkdir()
+    rows = []
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "art" / f"{i}.png")
+        rows.append({"file": f"art/{i}.png", "name": f"thing {i}", "captions": [f"thing {i}", f"a drawing of thing {i}"]})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def vae_config(data: Path, output: Path, **more: object) -> object:
+    shape = {"size": 16, "latent_channels": 4, "channel_mult": (1, 1), "steps": 4, "batch_size": 2}
+    return script("train_vae").Config(images=data / "art", output=output, dtype="float32", **(shape | more))
+
+
+@pytest.fixture(scope="module")
+def vae(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "vae"
+    script("train_vae").main(vae_config(data, output))
+    return output
+
+
+def diffusion_config(data: Path, vae: Path, output: Path, **more: object) -> object:
+    shape = {"model_channels": 32, "channel_mult": (1, 1), "head_channels": 16, "text_width": 32, "text_layers": 1}
+    shape |= {"text_heads": 2, "vocab_size": 560, "context_length": 16, "steps": 4, "batch_size": 2}
+    return script("train_diffusion").Config(data=data, vae=vae, output=output, dtype="float32", **(shape | more))
+
+
+def interrupted_at(module: ModuleType, step: int, config: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script's main until Ctrl-C comes in the middle of a step."""
+    update = module.Trainer.update
+
+    def impatient(self: object, loss: torch.Tensor) -> float:
+        if self.step == step:
+            raise KeyboardInterrupt
+        return update(self, loss)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Trainer, "update", impatient)
+        module.main(config)
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_interrupted_autoencoder_resumes_bit_for_bit(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("train_vae")
+    interrupted_at(module, 2, vae_config(data, tmp_path / "vae"), monkeypatch)
+    assert not (tmp_path / "vae" / "vae.safetensors").exists()
+    module.main(vae_config(data, tmp_path / "vae", resume=True))
+    assert same(vae / "vae.safetensors", tmp_path / "vae" / "vae.safetensors")
+    assert (vae / "config.json").read_text() == (tmp_path / "vae" / "config.json").read_text()
+
+
+def test_the_latent_scale_brings_unit_variance(data: Path, vae: Path) -> None:
+    images, _ = script("train_diffusion").read_captioned(data)
+    network = script("train_diffusion").load_vae(vae)
+    mean = network.encode(images).chunk(2, dim=1)[0]
+    # the same numbers in one batch instead of several: float32 rounding of a standard deviation
+    assert (network.config.scale * mean).std().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_an_interrupted_diffusion_model_resumes_bit_for_bit(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("train_diffusion")
+    module.main(diffusion_config(data, vae, tmp_path / "whole"))
+    interrupted_at(module, 2, diffusion_config(data, vae, tmp_path / "halves"), monkeypatch)
+    module.main(diffusion_config(data, vae, tmp_path / "halves", resume=True))
+    file = "model/unet/diffusion_pytorch_model.safetensors"
+    assert same(tmp_path / "whole" / file, tmp_path / "halves" / file)
+    model = models.load(tmp_path / "halves" / "model")
+    assert (model.resolution, model.prediction, model.width) == (16, "v_prediction", 32)
+    assert model.dtype == torch.float32  # float16 in the file, and this is a CPU
+    features = model.encode_text(model.tokenizer.encode([""]))
+    answer = model.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), features)
+    assert answer.abs().max() > 0  # the last layer started at zero: it was trained
+
+
+def test_what_is_written_is_the_average_not_the_last_weights(data: Path, vae: Path, tmp_path: Path) -> None:
+    module = script("train_diffusion")
+    module.main(diffusion_config(data, vae, tmp_path / "run"))
+    state = torch.load(tmp_path / "run" / "training.pt", weights_only=True)
+    i = state["names"].index("unet.out.2.bias")
+    written = models.load(tmp_path / "run" / "model").unet.out[2].bias
+    assert torch.equal(written, state["average"][i].half().float())
+    assert not torch.equal(written, state["master"][i].half().float())
+
+
+def test_captions_are_dropped_with_the_probability_that_was_set(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, seen = script("train_diffusion"), []
+    forward = module.ClipText.forward
+    monkeypatch.setattr(module.ClipText, "forward", lambda self, ids: (seen.append(ids), forward(self, ids))[1])
+    module.main(diffusion_config(data, vae, tmp_path / "run", steps=20, batch_size=20, caption_dropout=0.3))
+    empty = models.load(tmp_path / "run" / "model").tokenizer.encode([""]).ids
+    dropped = (torch.cat(seen) == empty).all(dim=1).float().mean().item()
+    assert dropped == pytest.approx(0.3, abs=0.09)  # four standard errors of 400 draws, sqrt(0.21 / 400) = 0.023
+
+
+def test_a_folder_of_another_run_is_refused(data: Path, vae: Path) -> None:
+    with pytest.raises(ValueError, match="already holds something"):
+        script("train_vae").main(vae_config(data, vae))
+
+
+def test_other_sizes_cannot_resume(data: Path, vae: Path) -> None:
+    with pytest.raises(models.ModelError, match="other networks"):
+        script("train_vae").main(vae_config(data, vae, latent_channels=8, resume=True))
