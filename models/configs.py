@@ -31,7 +31,7 @@ UNET_FIXED: Json = {
     "reverse_transformer_layers_per_block": None,
 }  # fmt: skip
 VAE_FIXED: Json = {
-    "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None, "latents_mean": None, "latents_std": None,
+    "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None,
     "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
 }  # fmt: skip
 TEXT_FIXED: Json = {"layer_norm_eps": 1e-5}
