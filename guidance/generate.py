@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, Denoiser, Level, Schedule, draw, from_strength
+from diffusion import SAMPLERS, Denoiser, Level, Schedule, default_levels, draw, from_strength
 from guidance import inputs
 from guidance.classifier_free import bind, classifier_free_pair
 

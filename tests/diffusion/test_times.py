@@ -127,6 +127,7 @@ def test_defaults_descend_for_every_number_of_steps(sampler: str, zero: bool) ->
         (lambda: respaced("0"), "cannot give 0 steps"),
         (lambda: from_strength([1.0, -1.0], 1.5), "not at 1.5"),
         (lambda: from_strength([1.0, -1.0], 0.5), "leaves none of 1 steps: take at least 2"),
+        (lambda: default_levels(Schedule("linear"), "heun", 5), "no sampler is called 'heun'; there are ddpm"),
         (lambda: karras(Schedule("linear", zero_terminal_snr=True), 5), "finite largest sigma"),
     ],
 )
