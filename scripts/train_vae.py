@@ -9,14 +9,13 @@ learned here takes steps. Interrupted with Ctrl-C it saves first; the same comma
 numbers bit for bit.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from _command import run
-from _runs import new_folder
-from _training import Trainer, run_steps
+from _runs import new_folder, write_json
+from _training import Trainer, generator, run_steps
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,10 +69,20 @@ def autoencoder_loss(vae: VAE, images: Tensor, noise: Tensor, kl_weight: float) 
 
 
 @torch.no_grad()
-def latent_scale(vae: VAE, images: Tensor) -> float:
-    """One over the standard deviation of the latents of (N, 3, H, W) images."""
-    means = [vae.encode(batch).float().chunk(2, dim=1)[0] for batch in images.split(64)]
-    return 1 / torch.cat(means).std().item()
+def standardise(vae: VAE, images: Tensor) -> None:
+    """Give every latent channel mean 0 and variance 1 over (N, 3, H, W) images; what is decoded stays the same.
+
+    z -> (z - mean) / std goes into the 1x1 convolution that ends the encoder, its inverse into the one that begins the
+    decoder. Diffusion noises all channels alike, so a faint one (colours, here) would drown long before the others.
+    """
+    z = torch.cat([vae.encode(batch).chunk(2, dim=1)[0] for batch in images.split(64)])        # (N, C, h, w)
+    std, mean = torch.std_mean(z, dim=(0, 2, 3))                                               # (C,)
+    inner, outer, c = vae.quant_conv, vae.post_quant_conv, len(mean)
+    inner.weight[:c] /= std[:, None, None, None]
+    inner.bias[:c] = (inner.bias[:c] - mean) / std
+    inner.bias[c:] -= 2 * std.log()                                                            # the log-variances
+    outer.bias += outer.weight[:, :, 0, 0] @ mean
+    outer.weight *= std[None, :, None, None]
 
 
 def main(config: Config) -> None:
@@ -101,11 +110,10 @@ def main(config: Config) -> None:
         pass
     vae.float()
     trainer.put(trainer.average)
-    scale = latent_scale(vae, images[:2048])
+    standardise(vae, images[torch.randperm(len(images), generator=generator(config.seed, -1))[:2048]])
     save_file(vae.state_dict(), config.output / "vae.safetensors")
-    described = asdict(vae.config) | {"scale": scale}
-    (config.output / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    print(f"wrote {config.output}; latents are multiplied by {scale:.4f}")
+    write_json(config.output / "config.json", asdict(vae.config))
+    print(f"wrote {config.output}")
 
 
 if __name__ == "__main__":
