@@ -169,8 +169,8 @@ class Training:
         since = state.history[-1]["step"] if state.history else 0
         recent = [value for value in state.losses[since:] if not math.isnan(value)]
         mean, (norms, cosines) = sum(recent) / len(recent) if recent else None, self._moved(state.vectors)
-        row = {"step": state.step, "loss": mean, "validation_loss": loss, "norms": norms, "cosines": cosines}
-        return state.validated(loss, row)
+        row = {"step": state.step, "loss": mean, "validation_loss": loss if math.isfinite(loss) else None}
+        return state.validated(loss, row | {"norms": norms, "cosines": cosines})
 
     def _settled(self) -> bool:
         return self.config.patience is not None and self.state.stale >= self.config.patience

@@ -53,7 +53,7 @@ class Config:
     text_layers: int = 3
     text_heads: int = 5
     caption_dropout: float = 0.1
-    steps: int = 6000
+    steps: int = 18000
     batch_size: int = 32
     learning_rate: float = 1e-3
     dtype: str = "bfloat16"

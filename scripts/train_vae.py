@@ -42,7 +42,7 @@ class Config:
     channel_mult: tuple[int, ...] = (1, 2, 3)
     num_res_blocks: int = 1
     norm_groups: int = 8
-    steps: int = 6000
+    steps: int = 4000
     batch_size: int = 6
     learning_rate: float = 1e-3
     kl: float = 1e-5

@@ -397,6 +397,12 @@ def test_a_non_finite_step_is_passed_over_and_counted() -> None:
     assert result.history[1]["loss"] == reports[0].loss  # of steps 1 to 3 only the first counts
 
 
+def test_a_validation_loss_that_is_not_finite_is_none_and_never_the_best() -> None:
+    result = learn(Poisoned({6, 7}))  # the two calls after the third step
+    assert [row["validation_loss"] is None for row in result.history] == [False, True, False, False, False]
+    assert result.metrics["validation_loss_best"] == result.history[-1]["validation_loss"]
+
+
 def test_a_loss_that_stays_non_finite_stops_and_says_why(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     with pytest.raises(
