@@ -109,12 +109,18 @@ def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and, as metadata, text to a file whose folder is made if need be."""
+    """Write tensors and, as metadata, text to a file whose folder is made if need be.
+
+    The file gets the permissions that the user's files usually have; save_file alone keeps it to its owner.
+    """
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    usual = path.stat().st_mode
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, {"format": "pt", **(said or {})})
+    path.chmod(usual)
 
 
 def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: torch.device) -> torch.dtype:

@@ -18,7 +18,7 @@ from _command import run
 from _runs import new_folder
 from _training import Trainer, run_steps
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import models
@@ -29,6 +29,7 @@ from models.text import ClipText, ClipTextConfig
 from models.tokenizer import ClipTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from models.weights import write_safetensors
 
 
 @dataclass
@@ -73,8 +74,8 @@ def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
     """Leave the latents, names and one caption of each training image beside the model, for measure_fidelity.py."""
     g = random.Random(0)
     described = [{"name": row["name"], "caption": g.choice(row["captions"])} for row in rows]
-    means = moments.chunk(2, dim=1)[0].half().contiguous()
-    save_file({"latents": means}, folder / "training_latents.safetensors", {"rows": json.dumps(described)})
+    latents = {"latents": moments.chunk(2, dim=1)[0].half()}
+    write_safetensors(folder / "training_latents.safetensors", latents, {"rows": json.dumps(described)})
 
 
 def load_vae(folder: Path) -> VAE:

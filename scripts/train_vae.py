@@ -16,11 +16,11 @@ import torch
 from _command import run
 from _runs import new_folder, write_json
 from _training import Trainer, generator, run_steps
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inversion.images import read_folder
 from models.vae import VAE, VAEConfig
+from models.weights import write_safetensors
 
 # Rows: lightness, blue against orange, green against magenta; orthonormal but for the weights 1, 2 and 4.
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [-1.0, 2.0, -1.0]])
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     vae.float()
     trainer.put(trainer.average)
     standardise(vae, images[torch.randperm(len(images), generator=generator(config.seed, -1))[:2048]])
-    save_file(vae.state_dict(), config.output / "vae.safetensors")
+    write_safetensors(config.output / "vae.safetensors", vae.state_dict())
     write_json(config.output / "config.json", asdict(vae.config))
     print(f"wrote {config.output}")
 

@@ -11,7 +11,16 @@ from models.files import Weights
 from models.renaming import LAYOUTS
 from models.text import ClipText
 from models.vae import VAE
-from models.weights import Part, best_layout, choose_dtype, cpu_has_bfloat16, fill, gather, on_meta
+from models.weights import (
+    Part,
+    best_layout,
+    choose_dtype,
+    cpu_has_bfloat16,
+    fill,
+    gather,
+    on_meta,
+    write_safetensors,
+)  # fmt: skip
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LAYOUT = LAYOUTS["text"]["diffusers"]
@@ -151,3 +160,9 @@ class TestDtype:
 
     def test_this_processor_answers(self) -> None:
         assert isinstance(cpu_has_bfloat16(), bool)
+
+
+def test_a_written_file_has_the_permissions_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
