@@ -20,7 +20,7 @@ from models.weights import (
     gather,
     on_meta,
     write_safetensors,
-)  # fmt: skip
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LAYOUT = LAYOUTS["text"]["diffusers"]
