@@ -39,6 +39,7 @@ TEXT_DEFAULTS: Json = {
     "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
     "num_attention_heads": 8, "intermediate_size": 2048, "hidden_act": "quick_gelu",
 }  # fmt: skip
+BETA_SCHEDULES = ("linear", "scaled_linear")
 SCHEDULE_FIXED: Json = {"trained_betas": None}
 
 
@@ -170,16 +171,21 @@ def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
     schedule = {
         "name": file.get("beta_schedule", "linear"),
         "steps": file.get("num_train_timesteps", 1000),
-        "beta_start": file.get("beta_start", 1e-4),
-        "beta_end": file.get("beta_end", 0.02),
         "zero_terminal_snr": file.get("rescale_betas_zero_snr", False),
     }
+    if schedule["name"] in BETA_SCHEDULES:  # the others have no use for the betas that diffusers writes all the same
+        schedule |= {"beta_start": file.get("beta_start", 1e-4), "beta_end": file.get("beta_end", 0.02)}
     return schedule, file.get("prediction_type", "epsilon")
 
 
 def write_schedule(schedule: Json, prediction: str) -> dict[str, Any]:
-    """The scheduler_config.json, for diffusers' DDIM as Stable Diffusion uses it."""
+    """The scheduler_config.json, for diffusers' DDIM as Stable Diffusion uses it.
+
+    Raises ModelError for a schedule that leaves its betas to a default: diffusers' defaults are others.
+    """
     betas = {key: schedule[key] for key in ("beta_start", "beta_end") if schedule.get(key) is not None}
+    if schedule["name"] in BETA_SCHEDULES and len(betas) < 2:
+        raise ModelError(f"the schedule {dict(schedule)} does not say its betas: give beta_start and beta_end")
     return betas | {
         "_class_name": "DDIMScheduler", "beta_schedule": schedule["name"],
         "num_train_timesteps": schedule.get("steps", 1000), "prediction_type": prediction,

@@ -8,6 +8,7 @@ Diffusion's.
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> N
         "vae": configs.write_vae(model.vae.config, model.resolution),
         "text_encoder": configs.write_text(model.text.config, tokens.begin, tokens.end, tokens.pad),
     }
-    beside = path.with_name(path.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = _own_name(path, "part")
+    beside.mkdir(parents=True)
     try:
         for part, (role, network) in _networks(model).items():
             layout = LAYOUTS[role][model.names.get(role, "diffusers")]
@@ -129,12 +130,16 @@ def _is_ours(path: Path) -> bool:
 
 def _replace(path: Path, new: Path) -> None:
     """Put a folder in the place of another; the old one is moved aside first and removed last."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _own_name(path, "old")
     if path.exists():
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _own_name(path: Path, what: str) -> Path:
+    """A name beside `path` that no one else has: `path.old` may well be somebody's backup."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

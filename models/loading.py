@@ -39,7 +39,7 @@ def load(
     The files must stay as they are while the model is used: its weights are their memory maps wherever
     nothing has to be converted or moved.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if source in EMBEDDED:
         model = read_folder(EMBEDDED[source], dtype, device, prediction, variant)
         model.family, model.source = source, source
@@ -55,6 +55,17 @@ def load(
         return read_folder(download(str(source), variant), dtype, device, prediction, variant)
     known = ", ".join(EMBEDDED)
     raise ModelError(f"there is no file or folder {source}; the embedded models are: {known}")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"there is no device {device!r}: use cpu, or cuda for an NVIDIA GPU") from error
+    if device.type == "cuda" and not has_gpu:
+        raise ModelError("device cuda was asked for, but this torch sees no GPU: use cpu, or a CUDA build of torch")
+    return device
 
 
 def save(

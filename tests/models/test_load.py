@@ -596,3 +596,45 @@ class TestNames:
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
         with pytest.raises(ModelError, match=said):
             models.load("someone/some-model")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "squaredcos_cap_v2", "steps": 1000, "zero_terminal_snr": False},
+        {"name": "linear", "steps": 250, "beta_start": 4e-4, "beta_end": 0.08, "zero_terminal_snr": False},
+        {"name": "scaled_linear", "steps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr": True},
+    ],
+)
+def test_every_schedule_comes_back(tmp_path: Path, schedule: dict) -> None:
+    model = presets.untrained(presets.TINY)
+    model.schedule = schedule
+    models.save(model, tmp_path / "model")
+    assert models.load(tmp_path / "model").schedule == schedule
+
+
+def test_a_schedule_without_betas_is_not_written(tmp_path: Path) -> None:
+    model = presets.untrained(presets.TINY)
+    model.schedule = {"name": "scaled_linear"}
+    with pytest.raises(ModelError, match="does not say its betas"):
+        models.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_over_a_model_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    model = presets.untrained(presets.TINY)
+    for name in ("model.old", "model.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("mine")
+    for _ in range(2):
+        models.save(model, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old", "model.part"]
+    assert (tmp_path / "model.old" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("device", "said"), [("foo", "there is no device 'foo'"), ("cuda", "sees no GPU")])
+def test_a_device_that_is_not_there(device: str, said: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ModelError, match=said):
+        models.load("emoji", device=device)
