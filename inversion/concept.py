@@ -36,9 +36,9 @@ class Concept:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.placeholder or self.placeholder != self.placeholder.strip() or "{}" in self.placeholder:
+        if self.placeholder.split() != [self.placeholder] or "{}" in self.placeholder:
             raise InversionError(
-                f"{self.placeholder!r} cannot be a placeholder: use something like '<frida>'"
+                f"{self.placeholder!r} cannot be a placeholder: use one word without spaces, like '<frida>'"
             )
         if self.vectors.ndim != 2 or not self.vectors.numel() or not self.vectors.isfinite().all():
             raise InversionError(

@@ -47,14 +47,14 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[str, str]) -> None:
-    """Write one tensor (n, D) under the key `word`, beside the target, and rename: never half a file.
+    """Write one tensor, (n, D) float32, under the key `word`, beside the target, and rename: never half a file.
 
     The folder is made if need be. `format: pt` is added to the metadata, which some readers insist on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
-        tensors = {word: vectors.detach().float().cpu().contiguous()}
+        tensors = {word: vectors.detach().cpu().contiguous()}
         beside.write_bytes(save(tensors, {**metadata, "format": "pt"}))
         os.replace(beside, path)
     finally:

@@ -95,8 +95,7 @@ def _decode(file: Path) -> "Image":
         raise InversionError(f"there is no image at {file}")
     try:
         with Image.open(file) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)  # a copy, which decodes the file
     except Exception as error:  # decoders of some twenty formats fail in their own ways
         reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise InversionError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inversion.concept import Concept
 from inversion.config import TrainConfig
+from inversion.errors import InversionError
 from inversion.training import DEFAULTS, StepReport, Training
 
 
@@ -30,7 +31,7 @@ class Result:
 def train(
     model: Any, concept: Concept, images: Tensor, templates: Sequence[Sequence[str]],
     config: TrainConfig = DEFAULTS,
-    *, name: str | None = None, file: Path | None = None, resume: bool = False, keep_encoder: bool = False,
+    *, name: str | None = None, file: str | Path | None = None, resume: bool = False, keep_encoder: bool = False,
     on_step: Callable[[StepReport], object] | None = None,
 ) -> Result:  # fmt: skip
     """Learn a word, and write it.
@@ -42,8 +43,11 @@ def train(
 
     Raises what `Training` does, and InversionError when there is nothing to resume.
     """
+    if resume and file is None:
+        raise InversionError("there is nothing to resume: say which file the interrupted training writes")
+    file = None if file is None else Path(file)
     training = Training(model, concept, images, templates, config, keep_encoder)
-    if resume and file is not None:
+    if resume:
         training.resume(state_file(file))
     try:
         for report in training.steps():

@@ -69,6 +69,11 @@ class Training:
                 f"images (N, 3, H, W) and N lists of templates are needed: got {tuple(images.shape)} and "
                 f"{len(templates)}"
             )
+        if images.shape[1] != 3 or not images.is_floating_point() or not images.abs().max() <= 1:
+            raise InversionError(
+                f"images must be floats in [-1, 1] with 3 channels; these are {images.dtype} {tuple(images.shape)}, "
+                f"from {images.min().item():g} to {images.max().item():g}"
+            )
         concept.require_width(model.width)
         check_prompts(model.tokenizer, concept, templates)
         self.model, self.concept, self.templates, self.config = model, concept, templates, config
@@ -128,9 +133,9 @@ class Training:
         if due:
             state = self._validated(state)
         self.state = replace(state, seconds=state.seconds + time.perf_counter() - started)
-        if finite and state.updates == min(MOVED_BY, self.config.steps):
+        if finite and state.updates >= min(MOVED_BY, self.config.steps):
             self._require_movement(gradient)
-        if state.in_a_row == NON_FINITE:
+        if state.in_a_row >= NON_FINITE:
             raise InversionError(
                 f"the loss was not finite in {NON_FINITE} steps in a row, to step {state.step}: "
                 f"{self._precision()}; the best vectors so far, of step {state.best_step}, are kept"

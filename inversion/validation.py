@@ -42,5 +42,5 @@ class Validation:
     def loss(self, word: str, concept: Concept | None = None) -> float:
         """The mean loss with `word` in the templates' slots: a concept's placeholder, or plain words."""
         parts = self.batch.parts(self.batch_size)
-        losses = [denoising_loss(self.model, self.schedule, part, word, concept).double() for part in parts]
+        losses = [denoising_loss(self.model, self.schedule, part, word, concept) for part in parts]
         return torch.cat(losses).mean().item()

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inversion import Concept, InversionError
+from inversion.formats import read_embeddings
 
 FILES = Path(__file__).parents[1] / "fixtures" / "embeddings"
 EXPECTED = load_file(FILES / "expected_vectors.safetensors")["vectors"]
@@ -31,7 +32,8 @@ def test_every_format_gives_the_same_vectors(name: str, word: str) -> None:
 
 
 def test_half_precision_is_read_as_float32() -> None:
-    vectors = Concept.load(FILES / "kohya_fp16.pt").vectors
+    words, _ = read_embeddings(FILES / "kohya_fp16.pt")
+    vectors = words["kohya_fp16"]
     assert vectors.dtype == torch.float32
     assert torch.equal(vectors, EXPECTED.half().float())
 

@@ -138,14 +138,24 @@ class Extended:
 
 
 def test_accumulated_batches_are_one_batch() -> None:
-    config = replace(FAST, batch_size=8, accumulation=1)
-    whole, parts = (
-        learn(tiny_model(), replace(config, batch_size=b, accumulation=8 // b, steps=2)) for b in (8, 2)
-    )
-    # Adam's first steps are sign-like, so rounding in tiny gradients shows at up to the size of a step
-    assert torch.allclose(whole.concept.vectors, parts.concept.vectors, atol=1e-4)
-    start = Concept.from_text(tiny_model(), "<x>", "dog").vectors
-    assert (whole.concept.vectors - start).abs().max() > 1e-3
+    model, found = tiny_model(), []
+    for batch_size in (8, 2):
+        config = replace(FAST, batch_size=batch_size, accumulation=8 // batch_size)
+        concept = Concept.from_text(model, "<x>", "dog")
+        training = Training(model, concept, images(), TEMPLATES, config, keep_encoder=True)
+        found.append(training._gradient(training.state))
+    (loss, gradient), (other_loss, other_gradient) = found
+    assert loss == pytest.approx(other_loss, rel=1e-5)  # the same samples: float32 rounding
+    assert torch.allclose(gradient, other_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_every_step_draws_anew() -> None:
+    model = Sum()
+    training = Training(model, Concept.from_text(model, "<x>", "dog"), images(), TEMPLATES, FAST)
+    first, again, second = (training._batch(step) for step in (0, 0, 1))
+    for name in ("t", "draw", "noise"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(second, name))
 
 
 def test_a_large_gradient_is_clipped() -> None:
@@ -397,6 +407,21 @@ def test_a_non_finite_step_is_passed_over_and_counted() -> None:
     assert result.history[1]["loss"] == reports[0].loss  # of steps 1 to 3 only the first counts
 
 
+def test_a_step_whose_gradient_is_not_finite_is_passed_over() -> None:
+    model = Sum()
+
+    def steep(x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
+        model.calls += 1
+        s = features.context.sum((1, 2))[:, None, None, None]
+        edge = (0 * s).sqrt() if model.calls == 4 else 0  # 0, of infinite slope
+        return (s + edge).expand_as(x_t)
+
+    model.predict = steep
+    result = learn(model)
+    assert result.metrics["skipped_steps"] == 1
+    assert result.concept.vectors.isfinite().all()
+
+
 def test_a_validation_loss_that_is_not_finite_is_none_and_never_the_best() -> None:
     result = learn(Poisoned({6, 7}))  # the two calls after the third step
     assert [row["validation_loss"] is None for row in result.history] == [False, True, False, False, False]
@@ -517,3 +542,27 @@ def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
     assert (metadata["init"], metadata["init_rule"]) == ("white dog", "one vector a token")
     assert len(metadata["norms"].split(", ")) == len(metadata["cosines_to_init"].split(", ")) == 2
     assert {"steps", "prediction", "learning_rate", "seed", "validation_loss", "images"} <= set(metadata)
+
+
+def test_images_out_of_range_are_refused() -> None:
+    concept = Concept.from_text(tiny_model(), "<x>", "dog")
+    wrong = (images() + 50, (images() * 100).to(torch.uint8), images()[:, :1], images() * float("nan"))
+    for bad in wrong:
+        with pytest.raises(InversionError, match=r"floats in \[-1, 1\] with 3 channels"):
+            Training(tiny_model(), concept, bad, TEMPLATES, FAST)
+
+
+def test_resuming_what_was_never_written() -> None:
+    concept = Concept.from_text(tiny_model(), "<x>", "dog")
+    with pytest.raises(InversionError, match="nothing to resume"):
+        train(tiny_model(), concept, images(), TEMPLATES, FAST, resume=True)
+
+
+def test_a_training_that_was_stopped_for_not_moving_stops_again_when_resumed(tmp_path: Path) -> None:
+    config = replace(FAST, steps=40, learning_rate=1e-12)
+    for resume in (False, True):
+        concept = Concept.from_text(tiny_model(), "<x>", "dog")
+        with pytest.raises(InversionError, match="nothing was learned"):
+            train(
+                tiny_model(), concept, images(), TEMPLATES, config, file=tmp_path / "x.safetensors", resume=resume
+            )
