@@ -14,26 +14,28 @@ from inversion import InversionError
 FLAGS = "run.json"
 
 
-def new_folder(output: Path | None, name: str) -> Path:
+def new_folder(output: Path | None, name: str, resume: str = "") -> Path:
     """Where a run goes, not made yet: `output`, or outputs/<time>-<name>.
+
+    resume: the flag that continues an interrupted run, if the command has one.
 
     Raises InversionError if anything is there, or nothing can be written there.
     """
     folder = output or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    what = "read-only" if above.is_dir() else "a file"
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InversionError(f"nothing can be written to {folder}, as {above} is: choose another --output")
+        raise InversionError(f"nothing can be written to {folder}, {above} being {what}: choose another --output")
     if folder.exists() and any(folder.iterdir()):
-        raise InversionError(
-            f"{folder} already holds something: choose another --output, or, if it is an interrupted run, "
-            f"continue it with --resume {folder}"
-        )
+        go_on = f", or, if it is an interrupted run, continue it with {resume}" if resume else ""
+        raise InversionError(f"{folder} already holds something: choose another --output{go_on}")
     return folder
 
 
 def save_flags(folder: Path, config: Any) -> None:
     """Note the flags of a run, a dataclass, in its folder."""
-    write_json(folder / FLAGS, dataclasses.asdict(config))
+    flags = dataclasses.asdict(config)
+    write_json(folder / FLAGS, {k: v.absolute() if isinstance(v, Path) else v for k, v in flags.items()})
 
 
 def resumed(folder: Path, config: Any) -> Any:

@@ -6,6 +6,7 @@ uninterrupted one bit for bit without keeping any generator's state.
 
 import math
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,19 +31,27 @@ class Trainer:
         self.master = [p.detach().float().clone().requires_grad_() for p in self.weights]
         self.average = [p.detach().clone() for p in self.master]
         self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.lr, self.steps, self.warmup, self.decay, self.step = lr, steps, warmup, decay, 0
+        self.lr, self.steps, self.warmup, self.decay, self.step, self.failed = lr, steps, warmup, decay, 0, 0
 
     def update(self, loss: Tensor) -> float:
-        """One optimiser step down the gradient of `loss` (a scalar). Returns its value."""
+        """One optimiser step down the gradient of `loss` (a scalar). Returns its value.
+
+        A step without a finite gradient changes no weight; raises ModelError at the tenth in a row.
+        """
         loss.backward()
         for master, weight in zip(self.master, self.weights):
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
-        nn.utils.clip_grad_norm_(self.master, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate(self.step, self.steps, self.warmup)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.master, 1.0)
+        self.failed = 0 if norm.isfinite() and loss.isfinite() else self.failed + 1
+        if self.failed == 10:
+            raise ModelError(f"no finite gradient in ten steps in a row, to step {self.step}: lower the learning rate")
         self.step += 1
+        if self.failed:
+            return loss.item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate(self.step - 1, self.steps, self.warmup)
+        self.optimizer.step()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.master, 1 - decay)
@@ -66,7 +75,12 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a file of `save`. Raises ModelError if it belongs to other networks."""
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except FileNotFoundError as error:
+            raise ModelError(f"there is no {path} to resume from: start without --resume") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ModelError(f"{path} is damaged: start anew, into another --output") from error
         shapes, mine = ([p.shape for p in several] for several in (state["master"], self.master))
         if state["names"] != self.names or shapes != mine:
             raise ModelError(f"{path} holds the training of other networks: give the sizes that it was started with")
@@ -99,7 +113,8 @@ def run_steps(
     A terminated process (SIGTERM) saves as well: long runs are often in the background, where shells turn Ctrl-C off.
     Yields (steps done, smoothed loss) after each step.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop: list[int] = []  # a signal waits for the end of its step, or half an update would be saved
+    before = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     smooth = math.nan
     bar = tqdm(range(trainer.step, trainer.steps), initial=trainer.step, total=trainer.steps, mininterval=2.0)
     try:
@@ -110,5 +125,12 @@ def run_steps(
             if trainer.step % save_every == 0:
                 trainer.save(checkpoint)
             yield trainer.step, smooth
-    finally:
+            if stop:
+                raise KeyboardInterrupt
         trainer.save(checkpoint)
+    except KeyboardInterrupt:
+        trainer.save(checkpoint)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import models
 from guidance import generate
+from models.errors import ModelError
 from models.loading import EMBEDDED
 
 
@@ -38,6 +39,8 @@ class Config:
 
 def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
     """Latent means (N, C, h, w) float32 of the training images, their names, and one caption of each."""
+    if not (folder / "training_latents.safetensors").is_file():
+        raise ModelError(f"{folder} has no training_latents.safetensors: name a folder that train_diffusion.py wrote")
     with safe_open(folder / "training_latents.safetensors", "pt") as file:
         described = json.loads(file.metadata()["rows"])
         return file.get_tensor("latents").float(), [r["name"] for r in described], [r["caption"] for r in described]
@@ -55,6 +58,8 @@ def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: li
 
 def main(config: Config) -> None:
     """Draw, look up, count."""
+    if config.count < 1:
+        raise ModelError(f"--count is how many captions to draw, at least 1, not {config.count}")
     folder = EMBEDDED.get(config.model, Path(config.model))
     training, names, captions = read_training_set(folder)
     model = models.load(config.model)

@@ -9,12 +9,12 @@ prompt.
 
 import os
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from _command import run
+from _runs import new_folder
 from PIL import Image
 from torch import Tensor
 
@@ -96,12 +96,9 @@ def draw(config: Config) -> Tensor:
 
 def main(config: Config) -> None:
     """Draw, then write."""
-    output = config.output or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-samples"
+    output = new_folder(config.output, "samples")
     if config.count < 1:
         raise GuidanceError(f"--count is at least 1, not {config.count}")
-    above = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise GuidanceError(f"nothing can be written to {output}, as {above} is: choose another --output")
     images = draw(config)
     output.mkdir(parents=True, exist_ok=True)
     rows = images.split(config.count)

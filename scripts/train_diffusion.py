@@ -11,6 +11,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Config:
     steps: int = 18000
     batch_size: int = 32
     learning_rate: float = 1e-3
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     save_every: int = 500
     resume: bool = False
@@ -142,7 +143,7 @@ def main(config: Config) -> None:
     if config.resume:
         trainer.load(checkpoint)
     else:
-        new_folder(config.output, config.family)
+        new_folder(config.output, config.family, "the same command and --resume")
 
     def loss(g: torch.Generator) -> Tensor:
         b = config.batch_size

@@ -92,7 +92,9 @@ PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 7.5)
 
 def main(config: Config) -> None:
     """Learn, write, draw."""
-    output = config.resume or new_folder(config.output, slug(config))
+    if config.samples < 0:
+        raise InversionError(f"--samples is how many images to draw with either word, 0 or more, not {config.samples}")
+    output = config.resume or new_folder(config.output, slug(config), "--resume FOLDER")
     config = resumed(output, config) if config.resume else config
     files, model = find_images(config.images), load(config)
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)

@@ -11,6 +11,7 @@ numbers bit for bit.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from _command import run
@@ -19,6 +20,7 @@ from _training import Trainer, generator, run_steps
 from torch import Tensor
 
 from inversion.images import read_folder
+from models.errors import ModelError
 from models.vae import VAE, VAEConfig
 from models.weights import write_safetensors
 
@@ -46,7 +48,7 @@ class Config:
     batch_size: int = 6
     learning_rate: float = 1e-3
     kl: float = 1e-5
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     resume: bool = False
 
@@ -87,6 +89,10 @@ def standardise(vae: VAE, images: Tensor) -> None:
 
 def main(config: Config) -> None:
     """Train, then write vae.safetensors and its config.json into the output folder."""
+    factor = 2 ** (len(config.channel_mult) - 1)
+    if config.size % factor:
+        raise ModelError(f"{config.size} pixels cannot be halved {len(config.channel_mult) - 1} times: use a multiple "
+                         f"of {factor}")
     images = read_folder(config.images, config.size, recursive=True).contiguous()
     torch.manual_seed(config.seed)
     shape = {
@@ -98,7 +104,7 @@ def main(config: Config) -> None:
     if config.resume:
         trainer.load(checkpoint)
     else:
-        new_folder(config.output, "vae")
+        new_folder(config.output, "vae", "the same command and --resume")
 
     def loss(g: torch.Generator) -> Tensor:
         batch = images[torch.randint(len(images), (config.batch_size,), generator=g)].to(dtype)

@@ -15,7 +15,7 @@ from PIL import Image
 import models
 from diffusion import DiffusionError
 from guidance import GuidanceError
-from inversion import Concept
+from inversion import Concept, InversionError
 from tests.tiny import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
@@ -84,6 +84,7 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
         ({"sampler": "heun"}, "no sampler is called 'heun'"),
         ({"concept": ("new.safetensors",)}, "no prompt has the learned word <new>"),
         ({"output": "start.png/inside"}, "nothing can be written to"),
+        ({"output": "model"}, "already holds something"),
         ({"count": 0}, "--count is at least 1, not 0"),
     ],
 )
@@ -94,6 +95,6 @@ def test_refusals_leave_nothing(
     before = sorted(folder.rglob("*"))
     paths = {"output": "out"} | {key: value for key, value in options.items() if key == "output"}
     rest = {key: value for key, value in options.items() if key != "output"}
-    with pytest.raises((DiffusionError, GuidanceError), match=sentence):
+    with pytest.raises((DiffusionError, GuidanceError, InversionError), match=sentence):
         script.main(script.Config(("a dog",), "model", steps=2, output=Path(paths["output"]), **rest))
     assert sorted(folder.rglob("*")) == before

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -159,3 +160,45 @@ def test_a_folder_of_another_run_is_refused(data: Path, vae: Path) -> None:
 def test_other_sizes_cannot_resume(data: Path, vae: Path) -> None:
     with pytest.raises(models.ModelError, match="other networks"):
         script("train_vae").main(vae_config(data, vae, latent_channels=8, resume=True))
+
+
+def test_a_signal_waits_for_the_end_of_its_step(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("train_vae")
+    step = torch.optim.AdamW.step
+
+    def interrupted(self: object, *arguments: object) -> object:
+        answer = step(self, *arguments)
+        if next(iter(self.state.values()))["step"] == 2:
+            signal.raise_signal(signal.SIGINT)  # weights are updated, their average is not
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(vae_config(data, tmp_path / "vae"))
+    assert torch.load(tmp_path / "vae" / "training.pt", weights_only=True)["step"] == 2
+    module.main(vae_config(data, tmp_path / "vae", resume=True))
+    assert same(vae / "vae.safetensors", tmp_path / "vae" / "vae.safetensors")
+
+
+def test_a_training_that_explodes_stops_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="lower the learning rate"):
+        script("train_vae").main(vae_config(data, tmp_path / "vae", steps=40, learning_rate=1e30))
+    assert not (tmp_path / "vae").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "start without --resume"), (b"PK\x03\x04 no more", "is damaged")]
+)
+def test_a_checkpoint_that_cannot_be_read(data: Path, tmp_path: Path, content: bytes | None, said: str) -> None:
+    if content:
+        (tmp_path / "training.pt").write_bytes(content)
+    with pytest.raises(models.ModelError, match=said):
+        script("train_vae").main(vae_config(data, tmp_path, resume=True))
+
+
+def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="a multiple of 2"):
+        script("train_vae").main(vae_config(data, tmp_path / "vae", size=15))
