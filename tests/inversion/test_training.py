@@ -362,8 +362,10 @@ def test_the_best_vectors_are_kept_not_the_last(tmp_path: Path) -> None:
         assert training.validation.loss("<x>", concept) == min(losses)
 
 
-def test_if_nothing_is_better_the_start_is_what_is_kept() -> None:
-    result = learn(Sum(), replace(FAST, learning_rate=50.0, schedule="constant"))
+def test_if_nothing_is_better_the_start_is_what_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    result = learn(Sum(), replace(FAST, learning_rate=50.0, schedule="constant"), file=file)
+    assert torch.equal(Concept.load(file).vectors, result.concept.vectors)
     assert result.metrics["best_step"] == 0
     assert result.metrics["validation_loss_best"] == result.metrics["validation_loss_initial"]
     assert torch.equal(result.concept.vectors, torch.tensor([START]))

@@ -239,14 +239,19 @@ def test_a_place_that_cannot_be_written_is_refused(script: ModuleType, config: A
             script.main(replace(config, output=output))
 
 
-def test_what_cannot_be_resumed_is_refused(script: ModuleType, config: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_refused(
+    script: ModuleType, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(InversionError, match="is not the folder of a run"):
         script.main(script.Config(resume=tmp_path))
     script.main(replace(config, samples=0, steps=2))
     assert not (config.output / "comparison.png").exists()
     with pytest.raises(InversionError, match=r"has seed 0, not 3: leave it out"):
         script.main(script.Config(resume=config.output, seed=3))
-    script.main(script.Config(resume=config.output))  # a finished run: nothing is left to do
+    capsys.readouterr()
+    script.main(script.Config(resume=config.output))
+    assert "0/2" in (bar := capsys.readouterr().err)  # the bar of a finished run never moves
+    assert "2/2" not in bar
 
 
 def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_path: Path) -> None:
