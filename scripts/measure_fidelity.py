@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from _command import run
+from _runs import write_json
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -47,13 +48,12 @@ def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
 
 
 def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: list[str]) -> Tensor:
-    """For each drawing (M, C, h, w), how many other names lie nearer than the wanted one: (M,) int64, 0 is best."""
+    """For each drawing (M, C, h, w), how many training images (N, C, h, w) lie nearer than any of the wanted name.
+
+    Returns (M,) int64; 0 is best.
+    """
     order = torch.cdist(drawn.flatten(1), training.flatten(1)).argsort(dim=1)
-    ranks = []
-    for row, name in zip(order.tolist(), wanted):
-        nearest = [names[i] for i in row]
-        ranks.append(nearest.index(name))
-    return torch.tensor(ranks)
+    return torch.tensor([[names[i] for i in row].index(name) for row, name in zip(order.tolist(), wanted)])
 
 
 def main(config: Config) -> None:
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     print(f"{len(picked)} captions over {len(set(names))} concepts. The nearest training image shows the named one for")
     print(f"{found['top1']:.1%}; one of the nearest five does for {found['top5']:.1%}")
     if config.output:
-        config.output.write_text(json.dumps(found | {"captions": len(picked)}) + "\n")
+        write_json(config.output, found | {"captions": len(picked)})
 
 
 if __name__ == "__main__":

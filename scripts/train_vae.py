@@ -91,8 +91,7 @@ def main(config: Config) -> None:
     """Train, then write vae.safetensors and its config.json into the output folder."""
     factor = 2 ** (len(config.channel_mult) - 1)
     if config.size % factor:
-        raise ModelError(f"{config.size} pixels cannot be halved {len(config.channel_mult) - 1} times: use a multiple "
-                         f"of {factor}")
+        raise ModelError(f"{config.size} pixels cannot be halved as often as this asks: use a multiple of {factor}")
     images = read_folder(config.images, config.size, recursive=True).contiguous()
     torch.manual_seed(config.seed)
     shape = {

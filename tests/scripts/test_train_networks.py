@@ -202,3 +202,27 @@ def test_a_checkpoint_that_cannot_be_read(data: Path, tmp_path: Path, content: b
 def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
     with pytest.raises(models.ModelError, match="a multiple of 2"):
         script("train_vae").main(vae_config(data, tmp_path / "vae", size=15))
+
+
+def test_ranks_count_the_images_that_lie_nearer() -> None:
+    training = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1, 1, 1)
+    names = ["dog", "cat", "cat", "owl"]
+    drawn = torch.tensor([0.1, 0.1, 2.9, -1.0]).view(4, 1, 1, 1)
+    ranks = script("measure_fidelity").ranks_of_names(drawn, training, names, ["dog", "cat", "cat", "owl"])
+    assert ranks.tolist() == [0, 1, 1, 3]
+
+
+def test_fidelity_of_a_model_that_was_just_trained(data: Path, vae: Path, tmp_path: Path) -> None:
+    script("train_diffusion").main(diffusion_config(data, vae, tmp_path / "run"))
+    module, output = script("measure_fidelity"), tmp_path / "found.json"
+    module.main(module.Config(str(tmp_path / "run" / "model"), count=4, steps=2, batch_size=3, output=output))
+    found = json.loads(output.read_text())
+    assert found["captions"] == 4
+    assert 0 <= found["top1"] <= found["top5"] <= 1
+    training, names, captions = module.read_training_set(tmp_path / "run" / "model")
+    images, rows = script("train_diffusion").read_captioned(data)
+    mean = script("train_diffusion").load_vae(vae).encode(images).chunk(2, dim=1)[0]
+    # float16 keeps 11 bits of numbers of about one
+    torch.testing.assert_close(training, mean, rtol=1e-3, atol=1e-3)
+    assert names == [row["name"] for row in rows]
+    assert all(caption in row["captions"] for caption, row in zip(captions, rows))
