@@ -61,6 +61,7 @@ def vae(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def diffusion_config(data: Path, vae: Path, output: Path, **more: object) -> object:
     shape = {"model_channels": 32, "channel_mult": (1, 1), "head_channels": 16, "text_width": 32, "text_layers": 1}
     shape |= {"text_heads": 2, "vocab_size": 560, "context_length": 16, "steps": 4, "batch_size": 2}
+    shape |= {"text_steps": 1}
     return script("train_diffusion").Config(data=data, vae=vae, output=output, dtype="float32", **(shape | more))
 
 
@@ -113,14 +114,18 @@ def test_latents_are_standardised_and_decoding_does_not_notice(data: Path) -> No
         torch.testing.assert_close(logvar_after, logvar - 2 * spread.log(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("text_steps", [1, 3])  # the third update is of both networks, or of the text alone
 def test_an_interrupted_diffusion_model_resumes_bit_for_bit(
-    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_steps: int
 ) -> None:
     module = script("train_diffusion")
-    module.main(diffusion_config(data, vae, tmp_path / "whole"))
-    interrupted_at(module, 2, diffusion_config(data, vae, tmp_path / "halves"), monkeypatch)
-    module.main(diffusion_config(data, vae, tmp_path / "halves", resume=True))
+    module.main(diffusion_config(data, vae, tmp_path / "whole", text_steps=text_steps))
+    interrupted_at(module, 2, diffusion_config(data, vae, tmp_path / "halves", text_steps=text_steps), monkeypatch)
+    assert (tmp_path / "halves" / "training.pt").exists() == (text_steps == 1)
+    module.main(diffusion_config(data, vae, tmp_path / "halves", text_steps=text_steps, resume=True))
     file = "model/unet/diffusion_pytorch_model.safetensors"
+    assert same(tmp_path / "whole" / file, tmp_path / "halves" / file)
+    file = "model/text_encoder/model.safetensors"
     assert same(tmp_path / "whole" / file, tmp_path / "halves" / file)
     model = models.load(tmp_path / "halves" / "model")
     assert (model.resolution, model.prediction, model.width) == (16, "v_prediction", 32)
@@ -128,6 +133,24 @@ def test_an_interrupted_diffusion_model_resumes_bit_for_bit(
     features = model.encode_text(model.tokenizer.encode([""]))
     answer = model.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), features)
     assert answer.abs().max() > 0  # the last layer started at zero: it was trained
+
+
+def test_what_the_text_transformer_is_taught_tells_captions_apart(data: Path, vae: Path, tmp_path: Path) -> None:
+    module = script("train_diffusion")
+    images, rows = module.read_captioned(data)
+    tokenizer = module.ClipTokenizer.train((c for row in rows for c in row["captions"]), 560, 16)
+    config = diffusion_config(data, vae, tmp_path / "run", text_steps=60)
+    model = module.build(config, tokenizer)
+    ids = torch.stack([tokenizer.encode(row["captions"]).ids for row in rows])
+
+    def between() -> float:
+        """Variance of the mean feature over captions of different images."""
+        with torch.no_grad():
+            return model.text(ids[:, 0]).context.mean(dim=1).var(dim=0).mean().item()
+
+    before = between()
+    module.teach_text(model.text, ids, model.moments(images).chunk(2, dim=1)[0], config)
+    assert between() > 4 * before  # features of variance 1 that differed in a digit or two, of 16 tokens
 
 
 def test_what_is_written_is_the_average_not_the_last_weights(data: Path, vae: Path, tmp_path: Path) -> None:
@@ -146,7 +169,8 @@ def test_captions_are_dropped_with_the_probability_that_was_set(
     module, seen = script("train_diffusion"), []
     forward = module.ClipText.forward
     monkeypatch.setattr(module.ClipText, "forward", lambda self, ids: (seen.append(ids), forward(self, ids))[1])
-    module.main(diffusion_config(data, vae, tmp_path / "run", steps=20, batch_size=20, caption_dropout=0.3))
+    numbers = {"text_steps": 0, "steps": 20, "batch_size": 20, "caption_dropout": 0.3}
+    module.main(diffusion_config(data, vae, tmp_path / "run", **numbers))
     empty = models.load(tmp_path / "run" / "model").tokenizer.encode([""]).ids
     dropped = (torch.cat(seen) == empty).all(dim=1).float().mean().item()
     assert dropped == pytest.approx(0.3, abs=0.09)  # four standard errors of 400 draws, sqrt(0.21 / 400) = 0.023
@@ -197,6 +221,11 @@ def test_a_checkpoint_that_cannot_be_read(data: Path, tmp_path: Path, content: b
         (tmp_path / "training.pt").write_bytes(content)
     with pytest.raises(models.ModelError, match=said):
         script("train_vae").main(vae_config(data, tmp_path, resume=True))
+
+
+def test_a_model_that_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="start without --resume"):
+        script("train_diffusion").main(diffusion_config(data, vae, tmp_path, resume=True))
 
 
 def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
