@@ -65,7 +65,7 @@ def load(folder: Path, dtype: str) -> float:
     with torch.no_grad():
         nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
     before, started = peak(), time.perf_counter()
-    model = models.load(folder, dtype=getattr(torch, dtype), device="cpu")
+    model = models.load(folder, dtype=dtype, device="cpu")
     seconds, grown = time.perf_counter() - started, peak() - before
     networks = (model.unet, model.vae, model.text)
     weights = sum(p.nbytes for network in networks for p in network.parameters())

@@ -48,8 +48,8 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     if not found:
         raise InversionError(f"the folder {folder} is empty: put the images to learn from into it")
     files = [file for file in found if not (recursive and file.is_dir())]
-    images = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-    images = [file for file in images if file.is_file()]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    images = [file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file()]
     captions = {image.with_suffix(".txt") for image in images}
     foreign = [str(file.relative_to(folder)) for file in files if file not in captions and file not in images]
     if not images:
@@ -101,6 +101,8 @@ def _decode(file: Path) -> "Image":
         raise InversionError(
             f"{file} is damaged or cut short ({reason}): remove it, or copy it again"
         ) from error
+    if image.mode == "F":
+        raise InversionError(f"{file} holds floating-point pixels, of unknown white: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
         image = Image.fromarray(
             (np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8)

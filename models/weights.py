@@ -127,7 +127,8 @@ def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: t
     """The dtype that a network runs in.
 
     None: the file's own, but float32 for float16 on a CPU, whose float16 arithmetic is hundreds of times
-    slower. "auto": float16 on a GPU; bfloat16 on a CPU that computes in it; else float32. Raises ModelError
+    slower. "auto": float16 on a GPU; bfloat16 on a CPU that computes in it; else float32. A name such as
+    "bfloat16" is as good as the dtype. Raises ModelError
     for float16 asked for on a CPU, and for what is no floating dtype of 16 bits or more.
     """
     on_cpu = device.type == "cpu"
@@ -135,9 +136,10 @@ def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: t
         return (torch.bfloat16 if cpu_has_bfloat16() else torch.float32) if on_cpu else torch.float16
     if wanted is None:
         return torch.float32 if on_cpu and found == torch.float16 else found
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    wanted = named.get(wanted, wanted)
     if wanted not in FLOATS:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise ModelError(f"{wanted!r} is no dtype to run a model in: use one of {allowed}, or 'auto'")
+        raise ModelError(f"{wanted!r} is no dtype to run a model in: use one of {', '.join(named)}, or 'auto'")
     if on_cpu and wanted == torch.float16:
         instead = "bfloat16, which this processor has" if cpu_has_bfloat16() else "float32"
         raise ModelError(f"float16 on a CPU runs hundreds of times slower than float32: use {instead}")

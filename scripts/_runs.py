@@ -50,9 +50,13 @@ def resumed(folder: Path, config: Any) -> Any:
         raise InversionError(f"{folder} is not the folder of a run: it has no readable {FLAGS}") from error
     hints = typing.get_type_hints(type(config))
     saved = {key: _as(hints[key], value) for key, value in saved.items() if key in hints}
+    if config.output == folder:
+        saved["output"] = folder.absolute()     # it may have been moved
     for field in dataclasses.fields(config):
         given = getattr(config, field.name)
-        if field.name != "resume" and given != field.default and given != saved.get(field.name):
+        if field.name == "resume" or given == field.default:
+            continue
+        if (given.absolute() if isinstance(given, Path) else given) != saved.get(field.name):
             raise InversionError(
                 f"the run in {folder} has {field.name} {saved.get(field.name)}, not {given}: leave it out"
             )
@@ -68,6 +72,8 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def _as(hint: Any, value: Any) -> Any:
-    """A value read from JSON as the type of its flag: paths were written as text."""
+    """A value read from JSON as the type of its flag: paths were written as text, tuples as lists."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list):
+        return tuple(value)
     return Path(value) if value is not None and Path in options else value

@@ -10,8 +10,10 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from _runs import save_flags
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -77,8 +79,6 @@ class Trainer:
         """Continue from a file of `save`. Raises ModelError if it belongs to other networks."""
         try:
             state = torch.load(path, weights_only=True)
-        except FileNotFoundError as error:
-            raise ModelError(f"there is no {path} to resume from: start without --resume") from error
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ModelError(f"{path} is damaged: start anew, into another --output") from error
         shapes, mine = ([p.shape for p in several] for several in (state["master"], self.master))
@@ -106,30 +106,36 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def run_steps(
-    trainer: Trainer, checkpoint: Path, loss: Callable[[torch.Generator], Tensor], seed: int, save_every: int
+    trainer: Trainer, checkpoint: Path, loss: Callable[[torch.Generator], Tensor], config: Any, save_every: int
 ) -> Iterator[tuple[int, float]]:
     """Train to the last step with a progress bar; save every so often, at the end, and on Ctrl-C before leaving.
 
     A terminated process (SIGTERM) saves as well: long runs are often in the background, where shells turn Ctrl-C off.
+    config: the script's flags, among them the seed; they are kept beside the checkpoint.
     Yields (steps done, smoothed loss) after each step.
     """
     stop: list[int] = []  # a signal waits for the end of its step, or half an update would be saved
     before = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     smooth = math.nan
     bar = tqdm(range(trainer.step, trainer.steps), initial=trainer.step, total=trainer.steps, mininterval=2.0)
+
+    def save() -> None:
+        save_flags(checkpoint.parent, config)
+        trainer.save(checkpoint)
+
     try:
         for step in bar:
-            value = trainer.update(loss(generator(seed, step)))
+            value = trainer.update(loss(generator(config.seed, step)))
             smooth = value if math.isnan(smooth) else 0.99 * smooth + 0.01 * value
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             if trainer.step % save_every == 0:
-                trainer.save(checkpoint)
+                save()
             yield trainer.step, smooth
             if stop:
                 raise KeyboardInterrupt
-        trainer.save(checkpoint)
+        save()
     except KeyboardInterrupt:
-        trainer.save(checkpoint)
+        save()
         raise
     finally:
         for number, handler in before.items():

@@ -9,6 +9,7 @@ prompt.
 
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,10 @@ class Config:
     """With --image, how much of the way to noise and back is gone: above 0, at most 1."""
     dtype: str | None = None
     """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
+    device: str | None = None
+    """None is the GPU if there is one."""
+    variant: str | None = None
+    """fp16, for the smaller files of a folder or hub id that has them."""
     prediction: str | None = None
     """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
     batch_size: int = 8
@@ -61,11 +66,16 @@ class Config:
 
 
 def read_concepts(files: tuple[Path, ...], width: int, texts: tuple[str, ...]) -> list[Concept]:
-    """The learned words, each of which must stand in one of the texts."""
+    """The learned words, each of which must stand in one of the texts. Warns of <words> that nobody learned."""
     concepts = [Concept.load(file, width=width) for file in files]
-    for word in (concept.placeholder for concept in concepts):
+    known = {concept.placeholder for concept in concepts}
+    for word in known:
         if not any(word in text for text in texts):
             raise GuidanceError(f"no prompt has the learned word {word}: write it into one")
+    unknown = {word for text in texts for word in re.findall(r"<[^<>\s]+>", text)} - known
+    if unknown:
+        words = ", ".join(sorted(unknown))
+        warnings.warn(f"{words}: no --concept file has it, so it is read as letters", UserWarning, stacklevel=2)
     return concepts
 
 
@@ -79,8 +89,9 @@ def write_png(path: Path, image: Tensor) -> None:
 
 def draw(config: Config) -> Tensor:
     """`count` images a prompt, prompt after prompt: (B, 3, size, size)."""
-    dtype = getattr(torch, config.dtype, config.dtype) if config.dtype else None
-    model = models.load(config.model, dtype=dtype, prediction=config.prediction)
+    model = models.load(
+        config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant
+    )
     size = model.resolution if config.size is None else config.size
     return generate(
         model,

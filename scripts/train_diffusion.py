@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from _command import run
-from _runs import new_folder
+from _runs import new_folder, resumed
 from _training import Trainer, run_steps
 from PIL import Image
 from safetensors.torch import load_file
@@ -73,9 +73,22 @@ class Config:
 
 def read_captioned(folder: Path) -> tuple[Tensor, list[dict]]:
     """Images (N, 3, H, W) in [-1, 1] as they lie in the folder, all of one size, and the rows of captions.jsonl."""
-    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
-    pixels = np.stack([np.asarray(Image.open(folder / row["file"]).convert("RGB")) for row in rows])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, rows
+    file = folder / "captions.jsonl"
+    if not file.is_file():
+        raise models.ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        forms = {len(row["captions"]) for row in rows if row["file"] and row["name"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise models.ModelError(
+            f'a line of {file} is not {{"file": "...", "name": "...", "captions": ["..."]}} ({error})'
+        ) from error
+    if len(forms) != 1 or not min(forms):
+        raise models.ModelError(f"{file}: every image needs equally many captions, at least one; found {sorted(forms)}")
+    pixels = [np.asarray(Image.open(folder / row["file"]).convert("RGB")) for row in rows]
+    if len(sizes := {picture.shape[:2] for picture in pixels}) > 1:
+        raise models.ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1, rows
 
 
 def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
@@ -140,7 +153,7 @@ def teach_text(text: ClipText, ids: Tensor, latents: Tensor, config: Config) -> 
         caption = ids[which, torch.randint(ids.shape[1], (64,), generator=g)]                  # (64, L)
         return (head(text(caption).context.mean(dim=1)) - blurred[which]).pow(2).mean()
 
-    for _ in run_steps(trainer, checkpoint, loss, config.seed, config.save_every):
+    for _ in run_steps(trainer, checkpoint, loss, config, config.save_every):
         pass
     trainer.put(trainer.average)
 
@@ -156,6 +169,10 @@ def export(model: LatentModel, trainer: Trainer, folder: Path, dtype: torch.dtyp
 
 def main(config: Config) -> None:
     """Train, writing the averaged model to output/model at every save."""
+    if config.resume:
+        config = resumed(config.output, config)
+    else:
+        new_folder(config.output, config.family, "the same command and --resume")
     images, rows = read_captioned(config.data)
     captions = [row["captions"] for row in rows]
     tokenizer = ClipTokenizer.train(
@@ -169,10 +186,6 @@ def main(config: Config) -> None:
     empty, schedule = tokenizer.encode([""]).ids, Schedule(**model.schedule)
 
     checkpoint = config.output / "training.pt"
-    if not config.resume:
-        new_folder(config.output, config.family, "the same command and --resume")
-    elif not (config.output / "text.pt").exists():
-        raise models.ModelError(f"there is no {config.output / 'text.pt'} to resume from: start without --resume")
     if not checkpoint.exists():
         teach_text(model.text, ids, moments.chunk(2, dim=1)[0], config)
     dtype = getattr(torch, config.dtype)
@@ -193,7 +206,7 @@ def main(config: Config) -> None:
         output = model.unet(x_t.to(dtype), t, model.text(caption).context)
         return mse(output, target(schedule, model.prediction, x0, t, noise[1])).mean()
 
-    for step, _ in run_steps(trainer, checkpoint, loss, config.seed, config.save_every):
+    for step, _ in run_steps(trainer, checkpoint, loss, config, config.save_every):
         if step % config.save_every == 0 or step == config.steps:
             export(model, trainer, config.output / "model", dtype)
     save_training_set(config.output / "model", moments, rows)

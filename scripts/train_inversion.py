@@ -61,6 +61,8 @@ class Config:
     """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
     device: str | None = None
     """None is the GPU if there is one."""
+    variant: str | None = None
+    """fp16, for the smaller files of a folder or hub id that has them."""
     prediction: str | None = None
     """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
     samples: int = 6
@@ -120,14 +122,15 @@ def main(config: Config) -> None:
     report(output, name, result, settings)
     del model  # there need not be room for two
     if config.samples:
-        draw(config, output, recipe.prompt, recipe.scale, images, [start, result.concept])
+        draw(config, output, recipe, images, [start, result.concept])
     print(f"wrote {output}")
 
 
 def load(config: Config) -> models.LatentModel:
     """The model that the flags name."""
-    dtype = getattr(torch, config.dtype, config.dtype) if config.dtype else None
-    return models.load(config.model, dtype=dtype, device=config.device, prediction=config.prediction)
+    return models.load(
+        config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant
+    )
 
 
 def starting_concept(config: Config, model: models.LatentModel) -> Concept:
@@ -179,17 +182,15 @@ def report(output: Path, name: str, result: inversion.Result, settings: TrainCon
         print("no step was better than the start, which is what was written: try another learning rate")
 
 
-def draw(
-    config: Config, output: Path, prompt: str, scale: float, images: Tensor, concepts: Sequence[Concept]
-) -> None:
+def draw(config: Config, output: Path, recipe: Recipe, images: Tensor, concepts: Sequence[Concept]) -> None:
     """Write comparison.png: the images, and samples with each concept over the same seeds."""
     model, size, seeds = load(config), images.shape[-1], range(config.samples)
     rows = [("images to learn from", images[: config.samples])]
-    text, before = (prompt.replace("{}", word) for word in (config.token, config.init))
+    text, before = (recipe.prompt.replace("{}", word) for word in (config.token, config.init))
     for concept, label in zip(concepts, (f"before: {before}", f"learned: {text}")):
         drawn = generate(
-            model, [text] * config.samples, scale=scale, height=size, width=size, concepts=[concept],
-            generator=config.seed, progress=True,
+            model, [text] * config.samples, scale=recipe.scale, height=size, width=size, concepts=[concept],
+            generator=config.seed, batch_size=recipe.batch_size, progress=True,
         )  # fmt: skip
         rows.append((label, drawn))
     comparison(output / "comparison.png", rows, [f"seed {config.seed + i}" for i in seeds])

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from _command import run
-from _runs import new_folder, write_json
+from _runs import new_folder, resumed, write_json
 from _training import Trainer, generator, run_steps
 from torch import Tensor
 
@@ -89,6 +89,10 @@ def standardise(vae: VAE, images: Tensor) -> None:
 
 def main(config: Config) -> None:
     """Train, then write vae.safetensors and its config.json into the output folder."""
+    if config.resume:
+        config = resumed(config.output, config)
+    else:
+        new_folder(config.output, "vae", "the same command and --resume")
     factor = 2 ** (len(config.channel_mult) - 1)
     if config.size % factor:
         raise ModelError(f"{config.size} pixels cannot be halved as often as this asks: use a multiple of {factor}")
@@ -100,10 +104,8 @@ def main(config: Config) -> None:
     vae, dtype = VAE(VAEConfig(**shape, scale=1.0)), getattr(torch, config.dtype)
     trainer = Trainer({"vae": vae.to(dtype)}, config.learning_rate, config.steps, warmup=100, decay=0.999)
     checkpoint = config.output / "training.pt"
-    if config.resume:
+    if checkpoint.exists():
         trainer.load(checkpoint)
-    else:
-        new_folder(config.output, "vae", "the same command and --resume")
 
     def loss(g: torch.Generator) -> Tensor:
         batch = images[torch.randint(len(images), (config.batch_size,), generator=g)].to(dtype)
@@ -111,7 +113,7 @@ def main(config: Config) -> None:
         latent = (len(batch), config.latent_channels, config.size // vae.factor, config.size // vae.factor)
         return autoencoder_loss(vae, batch, torch.randn(latent, generator=g).to(dtype), config.kl)
 
-    for _ in run_steps(trainer, checkpoint, loss, config.seed, save_every=250):
+    for _ in run_steps(trainer, checkpoint, loss, config, save_every=250):
         pass
     vae.float()
     trainer.put(trainer.average)

@@ -175,3 +175,17 @@ def test_an_image_of_nothing(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_a_missing_image(tmp_path: Path) -> None:
     with pytest.raises(InversionError, match="there is no image at"):
         read_images([tmp_path / "a.png"], 32)
+
+
+def test_pixels_of_unknown_white_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(InversionError, match="floating-point pixels"):
+        read_folder(tmp_path, 32)
+
+
+def test_hidden_folders_are_not_searched(tmp_path: Path) -> None:
+    for folder in (".thumbnails", "photos"):
+        (tmp_path / folder).mkdir()
+        halves((32, 32)).save(tmp_path / folder / "a.png")
+    with pytest.warns(UserWarning, match=r"\.thumbnails"):
+        assert find_images(tmp_path, recursive=True) == [tmp_path / "photos" / "a.png"]

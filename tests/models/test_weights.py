@@ -153,7 +153,12 @@ class TestDtype:
             assert choose_dtype("auto", torch.float32, CPU) == dtype
         assert choose_dtype("auto", torch.float32, GPU) == torch.float16
 
-    @pytest.mark.parametrize("wanted", [torch.int8, "float32", 16])
+    def test_a_name_is_as_good_as_the_dtype(self) -> None:
+        assert choose_dtype("bfloat16", torch.float32, torch.device("cpu")) == torch.bfloat16
+        with pytest.raises(ModelError, match="float16 on a CPU"):
+            choose_dtype("float16", torch.float32, torch.device("cpu"))
+
+    @pytest.mark.parametrize("wanted", [torch.int8, "float8", 16])
     def test_others_are_refused(self, wanted: object) -> None:
         with pytest.raises(ModelError, match="'auto'"):
             choose_dtype(wanted, torch.float32, CPU)

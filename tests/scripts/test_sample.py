@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -98,3 +99,12 @@ def test_refusals_leave_nothing(
     with pytest.raises((DiffusionError, GuidanceError, InversionError), match=sentence):
         script.main(script.Config(("a dog",), "model", steps=2, output=Path(paths["output"]), **rest))
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_word_that_nobody_learned_is_pointed_out(folder: Path, script: ModuleType) -> None:
+    with pytest.warns(UserWarning, match="<frida>: no --concept file has it"):
+        found = script.read_concepts((folder / "new.safetensors",), 32, ("a <new>", "a <frida> beside a <new>"))
+    assert [concept.placeholder for concept in found] == ["<new>"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        script.read_concepts((folder / "new.safetensors",), 32, ("a <new>", "1 < 2 and 3 > 2"))

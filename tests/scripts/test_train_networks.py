@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -181,9 +182,17 @@ def test_a_folder_of_another_run_is_refused(data: Path, vae: Path) -> None:
         script("train_vae").main(vae_config(data, vae))
 
 
-def test_other_sizes_cannot_resume(data: Path, vae: Path) -> None:
-    with pytest.raises(models.ModelError, match="other networks"):
+def test_a_run_is_resumed_with_the_flags_it_was_started_with(data: Path, vae: Path) -> None:
+    with pytest.raises(ValueError, match="has latent_channels 4, not 8: leave it out"):
         script("train_vae").main(vae_config(data, vae, latent_channels=8, resume=True))
+
+
+def test_a_checkpoint_of_other_networks_is_refused(data: Path, vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae, tmp_path / "vae")
+    flags = json.loads((vae / "run.json").read_text()) | {"latent_channels": 8}
+    (tmp_path / "vae" / "run.json").write_text(json.dumps(flags))
+    with pytest.raises(models.ModelError, match="other networks"):
+        script("train_vae").main(vae_config(data, tmp_path / "vae", latent_channels=8, resume=True))
 
 
 def test_a_signal_waits_for_the_end_of_its_step(
@@ -213,19 +222,43 @@ def test_a_training_that_explodes_stops_and_writes_nothing(data: Path, tmp_path:
     assert not (tmp_path / "vae").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "said"), [(None, "start without --resume"), (b"PK\x03\x04 no more", "is damaged")]
-)
-def test_a_checkpoint_that_cannot_be_read(data: Path, tmp_path: Path, content: bytes | None, said: str) -> None:
-    if content:
-        (tmp_path / "training.pt").write_bytes(content)
-    with pytest.raises(models.ModelError, match=said):
+def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae, tmp_path / "vae")
+    (tmp_path / "vae" / "training.pt").write_bytes(b"PK\x03\x04 no more")
+    with pytest.raises(models.ModelError, match="is damaged"):
+        script("train_vae").main(vae_config(data, tmp_path / "vae", resume=True))
+
+
+def test_what_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the folder of a run"):
         script("train_vae").main(vae_config(data, tmp_path, resume=True))
-
-
-def test_a_model_that_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path) -> None:
-    with pytest.raises(models.ModelError, match="start without --resume"):
+    with pytest.raises(ValueError, match="not the folder of a run"):
         script("train_diffusion").main(diffusion_config(data, vae, tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (None, "has no captions.jsonl"),
+        ([""], "equally many captions"),
+        (["{"], "a line of .* is not"),
+        (['{"file": "art/0.png", "name": "a"}'], "a line of .* is not"),
+        (['{"file": "art/0.png", "name": "a", "captions": []}'], "at least one"),
+        (['{"file": "a", "name": "a", "captions": ["a"]}', '{"file": "b", "name": "b", "captions": []}'], "equally"),
+    ],
+)
+def test_captions_that_cannot_be_used(tmp_path: Path, lines: list[str] | None, said: str) -> None:
+    if lines is not None:
+        (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    with pytest.raises(models.ModelError, match=said):
+        script("train_diffusion").read_captioned(tmp_path)
+
+
+def test_captioned_images_of_two_sizes_are_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    Image.new("RGB", (16, 8)).save(tmp_path / "data" / "art" / "3.png")
+    with pytest.raises(models.ModelError, match="different heights and widths"):
+        script("train_diffusion").read_captioned(tmp_path / "data")
 
 
 def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
