@@ -35,6 +35,7 @@ class Model(Protocol):
     resolution: int
     width: int
     device: torch.device
+    sampling: tuple[str, int, float]  # the sampler, its steps and the guidance scale that suit it
 
     def encode_text(self, tokens: Any, extra: Tensor | None = None) -> Any: ...
     def predict(self, x_t: Tensor, t: Tensor, features: Any) -> Tensor: ...
@@ -50,9 +51,9 @@ def generate(
     prompts: str | Sequence[str],
     *,
     negative: str | Sequence[str] | None = None,
-    steps: int = 50,
-    scale: float = 7.5,
-    sampler: str = "ddim",
+    steps: int | None = None,
+    scale: float | None = None,
+    sampler: str | None = None,
     height: int | None = None,
     width: int | None = None,
     generator: inputs.Randomness = None,
@@ -68,7 +69,7 @@ def generate(
     negative    what guidance moves away from, one for all or one a prompt; None is the empty prompt.
     steps       of the sampler, over the times that diffusers visits with it (`diffusion.default_levels`).
     scale       null + scale · (conditional - null); at 1 and 0 the network reads one prompt, not two.
-    sampler     a name of `diffusion.SAMPLERS`.
+    sampler     a name of `diffusion.SAMPLERS`. Each of these three is the model's own, `model.sampling`, if None.
     height, width   in pixels; None is the model's own resolution.
     generator   a seed, one seed for each prompt, a generator on the CPU, or None for torch's own; the module
                 says what image i gets.
@@ -81,6 +82,8 @@ def generate(
     Returns (B, 3, H, W) float32 in [-1, 1] on the CPU. Raises GuidanceError for what does not fit together,
     and the model's and the process's errors (ModelError, DiffusionError) for a size, a sampler or its steps.
     """
+    given = zip((sampler, steps, scale), model.sampling)
+    sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
     levels = default_levels(Schedule(**model.schedule), sampler, steps)
     if image is not None:

@@ -6,7 +6,7 @@ dtype; what goes between them and out is float32 (float64 stays float64).
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ from models.unet import UNet
 from models.vae import VAE
 
 PREDICTIONS = ("epsilon", "v_prediction")
+
+
+class Sampling(NamedTuple):
+    """How a model's images are usually drawn: a name of `diffusion.SAMPLERS`, its steps, the guidance scale."""
+
+    sampler: str
+    steps: int
+    scale: float
+
+
+SAMPLING = {"emoji": Sampling("ddim", 30, 4.0)}
+STABLE_DIFFUSION = Sampling("ddim", 50, 7.5)
 
 
 @dataclass
@@ -67,6 +79,11 @@ class LatentModel:
     def width(self) -> int:
         """D, the size of a token's vector."""
         return self.text.config.width
+
+    @property
+    def sampling(self) -> Sampling:
+        """What suits its family when images are drawn."""
+        return SAMPLING.get(self.family, STABLE_DIFFUSION)
 
     @property
     def dtype(self) -> torch.dtype:

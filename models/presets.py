@@ -73,8 +73,9 @@ PRESETS: dict[str, Preset] = {
 
 
 def family_of(text: ClipTextConfig) -> str:
-    """The family that a text transformer tells: "sd1", "sd2", or "custom"."""
-    return {("quick_gelu", 768): "sd1", ("gelu", 1024): "sd2"}.get((text.activation, text.width), "custom")
+    """The family that a text transformer tells: "sd1", "sd2", "emoji", or "custom"."""
+    known = {("quick_gelu", 768): "sd1", ("gelu", 1024): "sd2", ("quick_gelu", 160): "emoji"}
+    return known.get((text.activation, text.width), "custom")
 
 
 def known_prediction(says: str | None, where: str) -> str:

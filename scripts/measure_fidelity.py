@@ -26,14 +26,17 @@ from models.loading import EMBEDDED
 
 @dataclass
 class Config:
-    """model: "emoji" or a folder of train_diffusion.py. count: how many captions; at most one an image."""
+    """model: "emoji" or a folder of train_diffusion.py. count: how many captions; at most one an image.
+
+    steps, scale, sampler: None is what suits the model.
+    """
 
     model: str = "emoji"
     count: int = 200
     seed: int = 0
-    steps: int = 30
-    scale: float = 4.0
-    sampler: str = "ddim"
+    steps: int | None = None
+    scale: float | None = None
+    sampler: str | None = None
     batch_size: int = 25
     output: Path | None = None
 

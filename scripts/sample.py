@@ -37,11 +37,11 @@ class Config:
     """Images of each prompt."""
     seed: int = 0
     """Of the first image of each prompt; the others count on from it."""
-    steps: int = 50
-    """Of the sampler."""
-    scale: float = 7.5
+    steps: int | None = None
+    """Of the sampler; None is what suits the model, here and for the next two."""
+    scale: float | None = None
     """Of the guidance: 1 is off."""
-    sampler: str = "ddim"
+    sampler: str | None = None
     """ddpm, ddim, plms, euler, euler_ancestral, dpmpp_2m or dpmpp_2m_karras."""
     size: int | None = None
     """Side of the square images, in pixels; None is the model's own."""

@@ -31,6 +31,7 @@ import models
 from diffusion import Schedule
 from diffusion.objective import mse, target
 from models.latent import LatentModel
+from models.presets import family_of
 from models.text import ClipText, ClipTextConfig
 from models.tokenizer import ClipTokenizer
 from models.unet import UNet, UNetConfig
@@ -49,7 +50,6 @@ class Config:
     data: Path
     vae: Path
     output: Path = Path("runs/emoji")
-    family: str = "emoji"
     model_channels: int = 64
     channel_mult: tuple[int, ...] = (1, 2, 3)
     num_res_blocks: int = 1
@@ -128,7 +128,7 @@ def build(config: Config, tokenizer: ClipTokenizer) -> LatentModel:
     torch.nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
     schedule = {"name": "scaled_linear", "steps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
     return LatentModel(
-        family=config.family, unet=unet, vae=vae, text=text, tokenizer=tokenizer, schedule=schedule,
+        family=family_of(text.config), unet=unet, vae=vae, text=text, tokenizer=tokenizer, schedule=schedule,
         prediction="v_prediction", resolution=0, source=str(config.output),
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def main(config: Config) -> None:
     if config.resume:
         config = resumed(config.output, config)
     else:
-        new_folder(config.output, config.family, "the same command and --resume")
+        new_folder(config.output, "diffusion", "the same command and --resume")
     images, rows = read_captioned(config.data)
     captions = [row["captions"] for row in rows]
     tokenizer = ClipTokenizer.train(

@@ -85,11 +85,10 @@ class Recipe:
     validation_pairs: int
     templates: str
     prompt: str
-    scale: float
 
 
-RECIPES = {"emoji": Recipe(300, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4.0)}
-PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 7.5)
+RECIPES = {"emoji": Recipe(300, 16, 1, 1e-2, 16, "emoji", "an emoji of {}")}
+PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}")
 
 
 def main(config: Config) -> None:
@@ -189,7 +188,7 @@ def draw(config: Config, output: Path, recipe: Recipe, images: Tensor, concepts:
     text, before = (recipe.prompt.replace("{}", word) for word in (config.token, config.init))
     for concept, label in zip(concepts, (f"before: {before}", f"learned: {text}")):
         drawn = generate(
-            model, [text] * config.samples, scale=recipe.scale, height=size, width=size, concepts=[concept],
+            model, [text] * config.samples, height=size, width=size, concepts=[concept],
             generator=config.seed, batch_size=recipe.batch_size, progress=True,
         )  # fmt: skip
         rows.append((label, drawn))

@@ -40,6 +40,7 @@ class Model:
     resolution: int = 16
     width: int = 1
     device: torch.device = torch.device("cpu")
+    sampling: tuple[str, int, float] = ("ddim", 50, 7.5)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     asked: list[tuple[float, int]] = field(default_factory=list)
     first: Tensor | None = None
@@ -110,6 +111,16 @@ def test_zero_terminal_snr_starts_at_the_last_time() -> None:
         image, torch.full_like(image, 0.1 + 7.5 * 0.3).clamp(max=1), rtol=0, atol=EXACT
     )
     assert model.asked[0][0] == 999
+
+
+def test_what_is_not_said_is_as_the_model_likes_it() -> None:
+    model = Model(0.5, sampling=("euler", 3, 2.0))
+    usual = generate(model, "0.4", negative="0.1", generator=0)
+    assert len(model.asked) == 3
+    said = generate(Model(0.5), "0.4", negative="0.1", sampler="euler", steps=3, scale=2.0, generator=0)
+    assert torch.equal(usual, said)
+    without = generate(model, "0.4", negative="0.1", scale=0.0, generator=0)                   # 0 is said, too
+    assert not torch.allclose(usual, without, atol=1e-2)
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(0.0, 2), (1.0, 2), (2.0, 4)])
