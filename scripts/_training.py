@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _muon import Muon
 from _runs import save_flags
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,16 +24,23 @@ from models import ModelError
 class Trainer:
     """AdamW on float32 master weights of networks that compute in another dtype, with their moving average.
 
+    muon: which weights, by their names, are Muon's instead (see `_muon`): the matrices of hidden layers.
     Learning rate: linear warm-up, then half a cosine to zero. The average's decay starts low, (1 + k) / (10 + k),
     so that it forgets the random start. Gradients are clipped to norm 1.
     """
 
-    def __init__(self, networks: dict[str, nn.Module], lr: float, steps: int, warmup: int, decay: float) -> None:
+    def __init__(
+        self, networks: dict[str, nn.Module], lr: float, steps: int, warmup: int, decay: float,
+        muon: Callable[[str, Tensor], bool] = lambda name, weight: False,
+    ) -> None:  # fmt: skip
         named = [(f"{key}.{n}", p) for key, net in networks.items() for n, p in net.named_parameters()]
         self.names, self.weights = [n for n, _ in named], [p for _, p in named]
         self.master = [p.detach().float().clone().requires_grad_() for p in self.weights]
         self.average = [p.detach().clone() for p in self.master]
-        self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        hidden = [muon(name, weight) for name, weight in zip(self.names, self.weights)]
+        of = {kind: [p for p, is_hidden in zip(self.master, hidden) if is_hidden == kind] for kind in (False, True)}
+        self.optimizers = [torch.optim.AdamW(of[False], lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+        self.optimizers += [Muon(of[True], lr=lr)] if of[True] else []
         self.lr, self.steps, self.warmup, self.decay, self.step, self.failed = lr, steps, warmup, decay, 0, 0
 
     def update(self, loss: Tensor) -> float:
@@ -51,9 +59,10 @@ class Trainer:
         self.step += 1
         if self.failed:
             return loss.item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate(self.step - 1, self.steps, self.warmup)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * rate(self.step - 1, self.steps, self.warmup)
+            optimizer.step()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.master, 1 - decay)
@@ -69,7 +78,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Everything a resumed run needs, written beside `path` and renamed."""
-        state = {"step": self.step, "names": self.names, "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "names": self.names, "optimizers": [each.state_dict() for each in self.optimizers]}
         state |= {"master": [p.detach() for p in self.master], "average": self.average}
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, beside := path.with_name(path.name + ".part"))
@@ -88,7 +97,8 @@ class Trainer:
             for key in ("master", "average"):
                 for mine, theirs in zip(getattr(self, key), state[key]):
                     mine.copy_(theirs)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.put(self.master)
 

@@ -7,8 +7,10 @@ Diffusion's comes trained from CLIP. An untrained one learns next to nothing thr
 captions differ in a few of 32 tokens, and the noise in the gradient hides them.) Then both learn to denoise.
 
 Captions are replaced by the empty prompt with a set probability, so that the one network learns the conditional and
-the unconditional score and can guide itself (Ho & Salimans 2022). The weights that are written are an exponential
-moving average. Interrupted with Ctrl-C it saves first; with --resume it continues with the same numbers bit for bit.
+the unconditional score and can guide itself (Ho & Salimans 2022). Matrices learn by Muon, the rest by AdamW: from one
+checkpoint, 200 steps of it left a training loss of 0.3145 where AdamW alone left 0.3237, at a third more time a step.
+The weights that are written are an exponential moving average. Interrupted with Ctrl-C it saves first; with --resume
+it continues with the same numbers bit for bit.
 """
 
 import json
@@ -62,7 +64,7 @@ class Config:
     text_heads: int = 5
     text_steps: int = 1500
     caption_dropout: float = 0.1
-    steps: int = 18000
+    steps: int = 12000
     batch_size: int = 32
     learning_rate: float = 1e-3
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -158,6 +160,12 @@ def teach_text(text: ClipText, ids: Tensor, latents: Tensor, config: Config) -> 
     trainer.put(trainer.average)
 
 
+def is_hidden_matrix(name: str, weight: Tensor) -> bool:
+    """Whether a weight maps features to features: no table, and neither the first nor the last layer of the UNet."""
+    outermost = name.startswith(("unet.input_blocks.0.", "unet.out."))
+    return weight.ndim >= 2 and "embedding" not in name and not outermost
+
+
 def export(model: LatentModel, trainer: Trainer, folder: Path, dtype: torch.dtype) -> None:
     """Write the model with averaged weights, in float16, and go on training where we were."""
     model.unet.float(), model.text.float()                           # the average is float32, and so rounded once
@@ -190,7 +198,7 @@ def main(config: Config) -> None:
         teach_text(model.text, ids, moments.chunk(2, dim=1)[0], config)
     dtype = getattr(torch, config.dtype)
     networks = {"unet": model.unet.to(dtype).train(), "text": model.text.to(dtype).train()}
-    trainer = Trainer(networks, config.learning_rate, config.steps, warmup=200, decay=0.9995)
+    trainer = Trainer(networks, config.learning_rate, config.steps, 200, 0.9995, muon=is_hidden_matrix)
     if checkpoint.exists():
         trainer.load(checkpoint)
 
