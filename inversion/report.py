@@ -1,6 +1,7 @@
 """A training at a glance: its loss curve, and one picture of what was shown and what was learned."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,21 @@ def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence
                 axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
             if i and j < len(columns):
                 axes.set_title(columns[j], fontsize=8, pad=2)
+    _write(figure, file)
+
+
+def sheet(file: Path, images: Tensor, captions: Sequence[str], columns: int = 8) -> None:
+    """Draw images (K, 3, H, W) in [-1, 1], each under its caption, into a PNG."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, caption in zip(grid, images, captions):
+        axes.imshow(((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.set_title(textwrap.fill(caption, 24), fontsize=7, pad=2)
     _write(figure, file)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import models
 from guidance import generate
+from inversion.report import sheet
 from models.errors import ModelError
 from models.loading import EMBEDDED
 
@@ -28,7 +29,7 @@ from models.loading import EMBEDDED
 class Config:
     """model: "emoji" or a folder of train_diffusion.py. count: how many captions; at most one an image.
 
-    steps, scale, sampler: None is what suits the model.
+    steps, scale, sampler: None is what suits the model. sheet: a PNG to write, of the first sixteen drawings.
     """
 
     model: str = "emoji"
@@ -39,6 +40,7 @@ class Config:
     sampler: str | None = None
     batch_size: int = 25
     output: Path | None = None
+    sheet: Path | None = None
 
 
 def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
@@ -68,18 +70,20 @@ def main(config: Config) -> None:
     model = models.load(config.model)
     g = torch.Generator().manual_seed(config.seed)
     picked = torch.randperm(len(names), generator=g)[: config.count].tolist()
-    latents = []
+    drawings = []
     for i in tqdm(range(0, len(picked), config.batch_size), desc="drawing"):
         prompts = [captions[j] for j in picked[i : i + config.batch_size]]
-        images = generate(
+        drawings += generate(
             model, prompts, steps=config.steps, scale=config.scale, sampler=config.sampler,
             generator=config.seed + i,
         )  # fmt: skip
-        latents.append(model.moments(images).chunk(2, dim=1)[0])
-    ranks = ranks_of_names(torch.cat(latents), training, names, [names[j] for j in picked])
+    latents = model.moments(torch.stack(drawings)).chunk(2, dim=1)[0]
+    ranks = ranks_of_names(latents, training, names, [names[j] for j in picked])
     found = {f"top{k}": (ranks < k).float().mean().item() for k in (1, 5)}
     print(f"{len(picked)} captions over {len(set(names))} concepts. The nearest training image shows the named one for")
     print(f"{found['top1']:.1%}; one of the nearest five does for {found['top5']:.1%}")
+    if config.sheet:
+        sheet(config.sheet, torch.stack(drawings[:16]), [captions[j] for j in picked[:16]])
     if config.output:
         write_json(config.output, found | {"captions": len(picked)})
 

@@ -277,7 +277,8 @@ def test_ranks_count_the_images_that_lie_nearer() -> None:
 def test_fidelity_of_a_model_that_was_just_trained(data: Path, vae: Path, tmp_path: Path) -> None:
     script("train_diffusion").main(diffusion_config(data, vae, tmp_path / "run"))
     module, output = script("measure_fidelity"), tmp_path / "found.json"
-    module.main(module.Config(str(tmp_path / "run" / "model"), count=4, steps=2, batch_size=3, output=output))
+    written = {"output": output, "sheet": tmp_path / "sheet.png"}
+    module.main(module.Config(str(tmp_path / "run" / "model"), count=4, steps=2, batch_size=3, **written))
     found = json.loads(output.read_text())
     assert found["captions"] == 4
     assert 0 <= found["top1"] <= found["top5"] <= 1

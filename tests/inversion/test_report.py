@@ -1,0 +1,39 @@
+"""What is drawn of a training, read back from the pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from inversion.report import comparison, sheet
+
+COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))
+
+
+def places(file: Path) -> list[tuple[float, float]]:
+    """The middle of each of the three colours in a PNG, (x, y) in 0..1."""
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    found = []
+    for colour in COLOURS:
+        y, x = np.nonzero((abs(pixels - [255 if c > 0 else 0 for c in colour]) < 3).all(axis=2))
+        found.append((x.mean() / pixels.shape[1], y.mean() / pixels.shape[0]))
+    return found
+
+
+def test_a_sheet_holds_its_images_in_order(tmp_path: Path) -> None:
+    images = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8)
+    sheet(tmp_path / "sheet.png", images, ["red", "green", "blue"], columns=2)
+    red, green, blue = places(tmp_path / "sheet.png")
+    assert red[0] < 0.5 < green[0]
+    assert max(red[1], green[1]) < 0.5 < blue[1]
+    assert blue[0] < 0.5
+    assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_a_comparison_holds_a_row_under_another(tmp_path: Path) -> None:
+    rows = [(str(i), torch.tensor(colour)[None, :, None, None].expand(2, -1, 8, 8)) for i, colour in enumerate(COLOURS)]
+    comparison(tmp_path / "comparison.png", rows, ["seed 0", "seed 1"])
+    heights = [y for _, y in places(tmp_path / "comparison.png")]
+    assert heights == sorted(heights)
+    assert heights[1] - heights[0] > 0.2
