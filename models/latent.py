@@ -28,7 +28,7 @@ class Sampling(NamedTuple):
     scale: float
 
 
-SAMPLING = {"emoji": Sampling("ddim", 30, 4.0)}
+SAMPLING = {"emoji": Sampling("ddim", 30, 3.0)}
 STABLE_DIFFUSION = Sampling("ddim", 50, 7.5)
 
 

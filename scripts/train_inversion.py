@@ -43,7 +43,7 @@ class Config:
     init: str = "dog"
     """A word or phrase to start from, or the file of a concept."""
     vectors: int | None = None
-    """How many vectors the word has; None takes one a token of --init."""
+    """How many vectors the word has; None takes one a token of --init, with emoji at least four."""
     name: str | None = None
     """The concept in plain words, to compare with and to name the files; None strips the token."""
     templates: str | None = None
@@ -85,10 +85,12 @@ class Recipe:
     validation_pairs: int
     templates: str
     prompt: str
+    vectors: int
+    """At least; a phrase of more tokens takes one for each."""
 
 
-RECIPES = {"emoji": Recipe(300, 16, 1, 1e-2, 16, "emoji", "an emoji of {}")}
-PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}")
+RECIPES = {"emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4)}
+PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 1)
 
 
 def main(config: Config) -> None:
@@ -101,7 +103,7 @@ def main(config: Config) -> None:
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     size = model.resolution if config.resolution is None else config.resolution
     model.x0_shape(size, size)
-    start, images = starting_concept(config, model), read_images(files, size)
+    start, images = starting_concept(config, model, recipe.vectors), read_images(files, size)
     templates = inversion.read_templates(config.templates or recipe.templates)
     prompts = inversion.templates_for(files, templates, config.token)
     inversion.check_prompts(model.tokenizer, start, prompts)
@@ -132,10 +134,13 @@ def load(config: Config) -> models.LatentModel:
     )
 
 
-def starting_concept(config: Config, model: models.LatentModel) -> Concept:
+def starting_concept(config: Config, model: models.LatentModel, at_least: int) -> Concept:
     """From a concept's file if --init names one, else from the vectors of its words."""
     if Path(config.init).suffix not in (".safetensors", ".pt", ".bin"):
-        return Concept.from_text(model, config.token, config.init, config.vectors)
+        vectors = config.vectors
+        if vectors is None:
+            vectors = max(at_least, len(model.tokenizer.tokens_of(config.init)))
+        return Concept.from_text(model, config.token, config.init, vectors)
     loaded = Concept.load(config.init, model.width)
     if config.vectors not in (None, len(loaded.vectors)):
         raise InversionError(f"{config.init} holds {len(loaded.vectors)} vectors, not {config.vectors}")
