@@ -65,6 +65,7 @@ def command(folder: Path, **flags: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *given], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),     # ignored by what runs in the background
     )  # fmt: skip
 
 
