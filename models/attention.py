@@ -1,9 +1,11 @@
-"""Attention, and the spatial transformer that lets an image read a text.
+"""Attention, and the two ways in which an image reads a text.
 
     softmax(q k^T / sqrt(d)) v                                              (Vaswani et al. 2017, eq. 1)
 
-A spatial transformer treats the h*w positions of a feature map as tokens: self-attention among them, cross-attention
-to the context, a gated feed-forward, each with its own layer norm and residual (Rombach et al. 2022, appendix E.2.1).
+Both treat the h*w positions of a feature map as tokens. A spatial transformer has self-attention among them,
+cross-attention to the context and a gated feed-forward, each with its own layer norm and residual (Rombach et al.
+2022, appendix E.2.1). Joint attention is one attention over the context and the positions together (Nichol et al.
+2022, section 3).
 """
 
 import torch
@@ -82,6 +84,31 @@ class TransformerBlock(nn.Module):
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
+
+
+class JointAttention(nn.Module):
+    """Positions look at the text and at each other in one softmax, added to the feature map.
+
+    Parameters are those of openai/glide-text2im @ 69b5307, unet.py, whose projections are stored head by head:
+    query, key and value of the first head, then of the second.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
+        q, k, v = self._split(self.qkv(self.norm(x).flatten(2)), 3)                 # (B, h*w, C) each
+        text_k, text_v = self._split(self.encoder_kv(cond.context.transpose(1, 2)), 2)         # (B, L, C) each
+        out = attend(q, torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1), self.heads)
+        return x + self.proj_out(out.transpose(1, 2)).view_as(x)
+
+    def _split(self, x: Tensor, parts: int) -> Tensor:                              # (B, heads*parts*d, N)
+        return rearrange(x, "b (h p d) n -> p b n (h d)", h=self.heads, p=parts)
 
 
 class SpatialTransformer(nn.Module):

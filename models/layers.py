@@ -50,6 +50,16 @@ def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1)
 
 
+def twice(x: Tensor) -> Tensor:
+    """Nearest-neighbour doubling. (B, C, h, w) -> (B, C, 2h, 2w)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def half(x: Tensor) -> Tensor:
+    """The mean of each 2x2 square. (B, C, h, w) -> (B, C, h/2, w/2)."""
+    return F.avg_pool2d(x, 2)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a convolution. (B, C, h, w) -> (B, C, 2h, 2w)."""
 
@@ -58,4 +68,4 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(twice(x))

@@ -2,20 +2,26 @@
 
 Going down, every level is `num_res_blocks` residual blocks (each followed by attention where the configuration asks
 for it), then a halving. Going up there is one residual block more per level, because each block also reads what its
-counterpart on the way down left behind. Parameter names are the published ones of CompVis/stable-diffusion
-@ 21f890f (which took them from openai/guided-diffusion), so those files load with a prefix cut off and no table.
+counterpart on the way down left behind. The leaves differ between families: how a text is read (a spatial
+transformer or joint attention), how sizes change (a convolution or a residual block that resamples), how the time
+enters a block (added, or as a scale and a shift of its norm).
+
+Parameter names are the published ones of CompVis/stable-diffusion @ 21f890f (which took them from
+openai/guided-diffusion), so those files load with a prefix cut off and no table.
 
 Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import SpatialTransformer
+from models.attention import JointAttention, SpatialTransformer
 from models.errors import ModelError
-from models.layers import Condition, Upsample, conv3x3, timestep_embedding, zero
+from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class UNetConfig:
 
     attention_resolutions: the downsampling factors (1, 2, 4, ...) whose levels have attention; the middle always has.
     num_heads, head_channels: exactly one is given: heads per attention, or channels per head.
-    linear_proj: see SpatialTransformer.
+    attention: "transformer" (Stable Diffusion; transformer_depth and linear_proj are its own) or "joint" (GLIDE).
+    resblock_updown: residual blocks resample, not convolutions. scale_shift: the time scales and shifts a norm.
     """
 
     in_channels: int = 4
@@ -38,6 +45,9 @@ class UNetConfig:
     context_dim: int = 768
     transformer_depth: int = 1
     linear_proj: bool = False
+    attention: Literal["transformer", "joint"] = "transformer"
+    resblock_updown: bool = False
+    scale_shift: bool = False
 
     def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.head_channels is None):
@@ -57,21 +67,35 @@ class UNetConfig:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the time is added in between. (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Norm, SiLU, convolution, twice; the time enters in between. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    def __init__(self, c_in: int, c_out: int, emb_dim: int) -> None:
+    scale_shift: the time scales and shifts the second norm, h * (1 + scale) + shift (FiLM), instead of being added
+    before it. resample: `twice` or `half`, applied to both branches before their first convolution.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, emb_dim: int, scale_shift: bool = False,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
         self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        h = self.in_layers(x)
-        h = h + self.emb_layers(cond.emb)[:, :, None, None]                                    # (B, C_out, 1, 1)
-        return self.skip_connection(x) + self.out_layers(h)
+        norm, silu, conv = self.in_layers
+        h = conv(self.resample(silu(norm(x))))
+        emb = self.emb_layers(cond.emb)[:, :, None, None]                                      # (B, C_out (· 2), 1, 1)
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(self.resample(x)) + h
 
 
 class Downsample(nn.Module):
@@ -116,42 +140,49 @@ class UNet(nn.Module):
                 self.input_blocks.append(self._stage(c, mult * config.model_channels, level))
                 skips.append(c := mult * config.model_channels)
             if level != last:
-                self.input_blocks.append(Stage(Downsample(c)))
+                down = self._block(c, c, half) if config.resblock_updown else Downsample(c)
+                self.input_blocks.append(Stage(down))
                 skips.append(c)
-        self.middle_block = Stage(ResBlock(c, c, emb_dim), self._transformer(c), ResBlock(c, c, emb_dim))
+        self.middle_block = Stage(self._block(c, c), self._attention(c), self._block(c, c))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for i in range(config.num_res_blocks + 1):
                 stage = self._stage(c + skips.pop(), mult * config.model_channels, level)
                 c = mult * config.model_channels
                 if level and i == config.num_res_blocks:
-                    stage.append(Upsample(c))
+                    stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(
             nn.GroupNorm(32, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
         )
 
-    def _transformer(self, c: int) -> SpatialTransformer:
+    def _block(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:
+        return ResBlock(c_in, c_out, 4 * self.config.model_channels, self.config.scale_shift, resample)
+
+    def _attention(self, c: int) -> SpatialTransformer | JointAttention:
         config = self.config
+        if config.attention == "joint":
+            return JointAttention(c, config.context_dim, config.heads(c))
         return SpatialTransformer(
             c, config.context_dim, config.heads(c), config.transformer_depth, config.linear_proj
         )
 
     def _stage(self, c_in: int, c_out: int, level: int) -> Stage:
-        stage = Stage(ResBlock(c_in, c_out, 4 * self.config.model_channels))
+        stage = Stage(self._block(c_in, c_out))
         if 2**level in self.config.attention_resolutions:
-            stage.append(self._transformer(c_out))
+            stage.append(self._attention(c_out))
         return stage
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None) -> Tensor:
         """One look at a noisy latent.
 
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
         t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim).
+        pooled: (B, 4 * model_channels), the text in one vector, added to the time's (GLIDE), or None.
         Returns the raw prediction (B, out_channels, h, w) in x's dtype.
         """
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))   # (B, E)
-        cond = Condition(emb, context)
+        cond = Condition(emb if pooled is None else emb + pooled, context)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, cond)

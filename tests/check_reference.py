@@ -23,8 +23,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-FAMILIES = ("compvis_ldm", "diffusion_math", "openclip_text", "tokenizer_clip")
-ANNOUNCED = ("adm_", "glide_", "tokenizers_glide")
+FAMILIES = ("compvis_ldm", "diffusion_math", "glide", "openclip_text", "tokenizer_clip")
+ANNOUNCED = ("adm_", "glide_noisy_clip", "tokenizers_glide")
 
 Check = Callable[[dict, dict[str, Tensor]], Iterator[tuple[str, Tensor, Tensor]]]
 
