@@ -122,7 +122,7 @@ class ClipTokenizer:
         placeholders = dict(placeholders or {})
         starts = accumulate(placeholders.values(), initial=self.vocab_size)
         known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
-        pattern = _placeholder_pattern(placeholders)
+        pattern = placeholder_pattern(placeholders)
         room = self.length - 2
         ids = torch.full((len(texts), self.length), self.pad, dtype=torch.int64)  # (B, L)
         mask = torch.zeros(ids.shape, dtype=torch.bool)  # (B, L)
@@ -140,7 +140,7 @@ class ClipTokenizer:
         return Tokens(ids, mask, cut)
 
 
-def _placeholder_pattern(placeholders: Mapping[str, int]) -> re.Pattern[str] | None:
+def placeholder_pattern(placeholders: Mapping[str, int]) -> re.Pattern[str] | None:
     """What splits a prompt at its placeholders: the longest first, and none within a word."""
     for name, count in placeholders.items():
         if not name.strip() or count < 1:

@@ -44,7 +44,7 @@ class Vocabulary:
 
 def from_merges(merges: Iterable[tuple[str, str]]) -> Vocabulary:
     """The vocabulary that follows from merges, in CLIP's order."""
-    characters, merges = list(_byte_characters()), list(merges)
+    characters, merges = list(byte_characters()), list(merges)
     tokens = [*characters, *(c + WORD_END for c in characters), *(a + b for a, b in merges), BEGIN, END]
     return Vocabulary({token: i for i, token in enumerate(tokens)}, merges)
 
@@ -52,7 +52,7 @@ def from_merges(merges: Iterable[tuple[str, str]]) -> Vocabulary:
 def clip_vocabulary() -> Vocabulary:
     """The 49,408 tokens of CLIP and OpenCLIP."""
     with gzip.open(CLIP_MERGES, "rt", encoding="utf-8") as lines:
-        return from_merges(_read_merges(islice(lines, CLIP_MERGE_COUNT + 1)))
+        return from_merges(read_merges(islice(lines, CLIP_MERGE_COUNT + 1)))
 
 
 def learn(captions: Iterable[str], size: int) -> Vocabulary:
@@ -82,7 +82,7 @@ def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
     """
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokens = _read_json(folder / "vocab.json")
-        merges = _read_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
+        merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
     elif (folder / "tokenizer.json").is_file():
         model = _read_json(folder / "tokenizer.json").get("model", {})
         tokens, merges = model.get("vocab", {}), [_pair(merge) for merge in model.get("merges", [])]
@@ -129,14 +129,14 @@ def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
     return encoder
 
 
-def _byte_characters() -> Iterator[str]:
+def byte_characters() -> Iterator[str]:
     """One printable character a byte, in CLIP's order: the printable bytes as themselves, then the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     yield from map(chr, printable)
     yield from (chr(256 + i) for i in range(256 - len(printable)))
 
 
-def _read_merges(lines: Iterable[str]) -> list[tuple[str, str]]:
+def read_merges(lines: Iterable[str]) -> list[tuple[str, str]]:
     """Merges from lines of two words, after a first line that holds the version."""
     return [_pair(line) for i, line in enumerate(lines) if i > 0 and line.strip()]
 

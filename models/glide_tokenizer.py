@@ -1,0 +1,94 @@
+"""GLIDE's byte-pair tokenizer: GPT-2's merges over lower-cased text, with placeholders expanded on ids.
+
+Unlike CLIP's, it knows no begin and no end: a prompt is its tokens, then end tokens up to the full length, and the mask
+is False where there is no text. The empty prompt is all padding. A space belongs to the word after it, " dog" being
+another token than "dog", so a placeholder swallows the one space before it, as a word would. A placeholder's ids begin
+at `vocab_size`; no existing id moves for it, the padding's (the last of the vocabulary) least of all.
+
+Source: Radford et al. 2019 (GPT-2), section 2.2; openai/glide-text2im @ 69b5307, tokenizer/bpe.py.
+"""
+
+import gzip
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.errors import ModelError
+from models.tokenizer import Tokens, placeholder_pattern
+from models.vocabulary import byte_characters, read_merges
+
+END = "<|endoftext|>"
+GPT2_MERGES = Path(__file__).parent / "data" / "gpt2" / "vocab.bpe.gz"
+
+
+class GlideTokenizer:
+    """GLIDE's tokenizer over merges, (pair, pair) first merged first.
+
+    length: tokens in a sequence. Raises ModelError for a length below 1.
+    """
+
+    def __init__(self, merges: Iterable[tuple[str, str]], length: int = 128) -> None:
+        if length < 1:
+            raise ModelError(f"{length} tokens are no sequence: use 1 or more")
+        self.merges, self.length = list(merges), length
+        tokens = [*byte_characters(), *(a + b for a, b in self.merges), END]
+        self.vocab_size, self.end = len(tokens), len(tokens) - 1
+        self._encoder = _encoder({token: i for i, token in enumerate(tokens)}, self.merges)
+
+    @classmethod
+    def gpt2(cls, length: int = 128) -> "GlideTokenizer":
+        """GPT-2's 50,257 tokens, which ship with this package."""
+        with gzip.open(GPT2_MERGES, "rt", encoding="utf-8") as lines:
+            return cls(read_merges(lines), length)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """The ids of a text as it stands inside a sentence, behind a space; without padding or placeholders."""
+        return self._ids(" " + text.strip()) if text.strip() else []
+
+    def is_word(self, text: str) -> bool:
+        """Whether the text is one existing token, so that a placeholder of this name would shadow a word."""
+        return 1 in (len(self.tokens_of(text)), len(self._ids(text)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids of the vocabulary."""
+        return self._encoder.decode(list(ids), skip_special_tokens=False)
+
+    def encode(self, texts: Sequence[str], placeholders: Mapping[str, int] | None = None) -> Tokens:
+        """Prompts to ids at full length; arguments and cutting as in `ClipTokenizer.encode`."""
+        placeholders = dict(placeholders or {})
+        starts = accumulate(placeholders.values(), initial=self.vocab_size)
+        known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
+        pattern = placeholder_pattern(placeholders)
+        ids = torch.full((len(texts), self.length), self.end, dtype=torch.int64)               # (B, L)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)                                        # (B, L)
+        cut = []
+        for i, text in enumerate(texts):
+            parts = pattern.split(text) if pattern else [text]
+            row: list[int] = []
+            for part, following in zip(parts, [*parts[1:], ""]):
+                row += known.get(part) or self._ids(part.removesuffix(" ") if following in known else part)
+            left = [token for token in row[self.length :] if token < self.vocab_size]
+            cut.append(self.decode(left))
+            if len(row) > self.length:
+                too_long = f"a prompt of {len(row)} tokens is longer than the {self.length} that fit"
+                warnings.warn(f"{too_long}; cut off: {cut[-1]!r}", UserWarning, stacklevel=2)
+            row = row[: self.length]
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, dtype=torch.int64), True
+        return Tokens(ids, mask, cut)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._encoder.encode(text.lower(), add_special_tokens=False).ids
+
+
+def _encoder(tokens: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    """A `tokenizers.Tokenizer` that cuts text by GPT-2's pattern and merges bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    encoder = Tokenizer(models.BPE(vocab=tokens, merges=merges))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
