@@ -88,9 +88,14 @@ FORMS = {"epsilon": Prediction.from_eps, "v_prediction": Prediction.from_v, "sam
 def predict(form: str, x_t: Tensor, output: Tensor, alpha_bar: float | Tensor) -> Prediction:
     """A network's raw output as a Prediction.
 
-    form: `epsilon`, `v_prediction` or `sample`, as diffusers' configurations call them. x_t, output: (B, …).
+    form: `epsilon`, `v_prediction` or `sample`, as diffusers' configurations call them. x_t: (B, C, …). output:
+    (B, C, …), or (B, 2C, …) of a network that learned its variance, whose second half u lies in [-1, 1].
     Raises DiffusionError for another form.
     """
     if form not in FORMS:
         raise DiffusionError(f"no network predicts {form!r} here; there are {', '.join(FORMS)}")
-    return FORMS[form](x_t, output, alpha_bar)
+    channels = x_t.shape[1]
+    prediction = FORMS[form](x_t, output[:, :channels], alpha_bar)
+    if output.shape[1] == channels:
+        return prediction
+    return replace(prediction, var_frac=(output[:, channels:] + 1) / 2)

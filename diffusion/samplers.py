@@ -60,20 +60,22 @@ def ddpm(
     levels: Sequence[Level],
     *,
     generator: Generators = None,
-    variance: str = "small",
+    variance: str | None = None,
 ) -> Iterator[State]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any levels (Nichol & Dhariwal 2021, eq. 19).
 
-    x: (B, C, H, W) at levels[0]. variance: `small`, `large` or `learned`; the last learned one is clipped
-    from below at the variance of the step before, as in openai/guided-diffusion at 22e0df8.
+    x: (B, C, H, W) at levels[0]. variance: `small`, `large` or `learned`; None is learned where the network predicts
+    one, else small. The last learned one is clipped from below at the variance of the step before, as in
+    openai/guided-diffusion at 22e0df8.
     """
     _check(levels)
     below = posterior_variance(levels[-3].alpha_bar, levels[-2].alpha_bar) if len(levels) > 2 else TINY
     for index, (level, lower) in enumerate(zip(levels, levels[1:])):
         prediction = denoise(x, level)
         noise = _noise(x, generator)
+        chosen = variance or ("small" if prediction.var_frac is None else "learned")
         floor = below if lower.alpha_bar == 1 else TINY
-        x = ddpm_step(x, prediction, level, lower, noise, variance, floor)
+        x = ddpm_step(x, prediction, level, lower, noise, chosen, floor)
         yield State(index, len(levels) - 1, lower, x, prediction)
 
 

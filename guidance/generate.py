@@ -1,48 +1,30 @@
-"""Prompts to images with a latent diffusion model.
+"""Prompts to images.
 
     prompts, and what to keep away from → text features → x at the first level, from noise or from an image
-    → a sampler over classifier-free guidance → x_0 → images
+    → a sampler over classifier-free guidance → x_0 → images → the same once more, larger, by an upsampler
 
 Seeds: image i of a call has a random stream of its own, so it is the same picture whatever else the call
 draws and however the call is cut into batches. Its stream is that of `torch.Generator().manual_seed(s)`.
 With one seed, s is seed + i, so image i is also what the seed `seed + i` draws alone; with a seed for each
 prompt, s is the i-th; with a generator, s is the i-th integer that it gives. Each stream gives, in this
 order: the VAE's noise (only if there is an image to start from), the noise of the first level, and the
-noise of each ancestral step, in float32 on the CPU.
+noise of each ancestral step, in float32 on the CPU; then the same for an upsampler.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, Denoiser, Level, Schedule, default_levels, draw, from_strength
+from diffusion import Level, Schedule, default_levels, from_strength, respaced
 from guidance import inputs
-from guidance.classifier_free import bind, classifier_free_pair
+from guidance.chain import Chain, Model
+from guidance.gradient import Gradient
 
 Progress = bool | Callable[[int, int], None]
-
-
-class Model(Protocol):
-    """What `models.LatentModel` offers and images need."""
-
-    tokenizer: Any
-    schedule: dict[str, Any]
-    prediction: str
-    resolution: int
-    width: int
-    device: torch.device
-    sampling: tuple[str, int, float]  # the sampler, its steps and the guidance scale that suit it
-
-    def encode_text(self, tokens: Any, extra: Tensor | None = None) -> Any: ...
-    def predict(self, x_t: Tensor, t: Tensor, features: Any) -> Tensor: ...
-    def moments(self, images: Tensor) -> Tensor: ...
-    def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor: ...
-    def decode(self, x0: Tensor) -> Tensor: ...
-    def x0_shape(self, height: int, width: int) -> tuple[int, int, int]: ...
 
 
 @torch.no_grad()
@@ -60,6 +42,8 @@ def generate(
     concepts: Sequence[inputs.Concept] = (),
     image: Tensor | None = None,
     strength: float = 0.8,
+    mask: Tensor | None = None,
+    gradient: Gradient | None = None,
     batch_size: int = 8,
     progress: Progress = False,
 ) -> Tensor:
@@ -67,15 +51,20 @@ def generate(
 
     prompts     B of them; the same one several times gives as many images of it.
     negative    what guidance moves away from, one for all or one a prompt; None is the empty prompt.
-    steps       of the sampler, over the times that diffusers visits with it (`diffusion.default_levels`).
+    steps       of the sampler, over the times that diffusers visits with it (`diffusion.default_levels`), or over
+                those of `diffusion.respaced` with models that were published with these (GLIDE).
     scale       null + scale · (conditional - null); at 1 and 0 the network reads one prompt, not two.
     sampler     a name of `diffusion.SAMPLERS`. Each of these three is the model's own, `model.sampling`, if None.
-    height, width   in pixels; None is the model's own resolution.
+    height, width   in pixels; None is the model's own resolution. With an upsampler: of what it enlarges.
     generator   a seed, one seed for each prompt, a generator on the CPU, or None for torch's own; the module
                 says what image i gets.
-    concepts    learned words that the prompts and the negatives may use.
+    concepts    learned words that the prompts and the negatives may use. An upsampler has a text network of its own:
+                it reads the words that a concept was initialised with.
     image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise.
     strength    with an image: above 0 and at most 1, the part of the steps that is taken.
+    mask        (H, W) or (B, 1, H, W), with an image as large as the result: 1 where it stays, exactly, and 0 where
+                it is drawn anew. For inpainting models; strength has no part in it.
+    gradient    of a classifier or CLIP, for all prompts together: batch_size must not be smaller than their number.
     batch_size  images drawn at once.
     progress    True for a bar on stderr, or a function that is called with (steps done, steps in all).
 
@@ -85,53 +74,47 @@ def generate(
     given = zip((sampler, steps, scale), model.sampling)
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
-    levels = default_levels(Schedule(**model.schedule), sampler, steps)
-    if image is not None:
+    batches = inputs.batches(len(prompts), batch_size)
+    if gradient is not None and len(batches) > 1:
+        raise inputs.GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
+    levels, upsampler, kept = levels_of(model, sampler, steps), model.upsampler, None
+    if mask is not None:
+        kept = inputs.kept(model, image, mask, len(prompts))
+        image, (height, width) = None, (side // (upsampler.factor if upsampler else 1) for side in kept[0].shape[2:])
+    elif image is not None:
         image = inputs.start(image, len(prompts), height, width)
         (height, width), levels = image.shape[2:], from_strength(levels, strength)
     shape = model.x0_shape(*(model.resolution if side is None else side for side in (height, width)))
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model.width)
-    batches = inputs.batches(len(prompts), batch_size)
+    chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, gradient)]
+    if upsampler is not None:
+        chains = [replace(chains[0], kept=inputs.reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]
 
     images = []
-    with _counted(progress, len(batches) * (len(levels) - 1)) as step_done:
+    with _counted(progress, len(batches) * sum(map(len, chains))) as step_done:
         for part in batches:
-            denoise = _denoiser(model, prompts[part], negatives[part], scale, *words)
-            x = _first(model, shape, levels[0], streams[part], None if image is None else image[part])
-            for state in SAMPLERS[sampler](denoise, x, levels, generator=streams[part]):
-                x = state.x                                                                    # (b, C, h, w)
-                step_done()
-            images.append(model.decode(x).float().cpu())                                       # (b, 3, H, W)
+            drawn = None
+            for chain in chains:
+                drawn = chain.draw(part, streams[part], drawn, step_done)                      # (b, 3, H, W)
+            images.append(drawn.float().cpu())
     return torch.cat(images)
 
 
-def _denoiser(
-    model: Model,
-    prompts: list[str],
-    negatives: list[str],
-    scale: float,
-    placeholders: dict[str, int],
-    extra: Tensor | None,
-) -> Denoiser:
-    """The guided denoiser of these prompts; at scale 1 or 0 only the half that counts is encoded."""
-    asked = {0: negatives, 1: prompts}.get(scale, negatives + prompts)
-    features = model.encode_text(model.tokenizer.encode(asked, placeholders), extra)
-    denoise = bind(model, features)
-    return denoise if scale in (0, 1) else classifier_free_pair(denoise, scale)
+def levels_of(model: Model, sampler: str, steps: int | str) -> list[Level]:
+    """The levels that a number of steps means with a model."""
+    schedule = Schedule(**model.schedule)
+    if isinstance(model.sampling.steps, str):
+        return schedule.levels(respaced(str(steps), schedule.steps))
+    return default_levels(schedule, sampler, steps)
 
 
-def _first(
-    model: Model, shape: tuple[int, ...], level: Level, streams: list[torch.Generator], image: Tensor | None
-) -> Tensor:
-    """x at the first level: N(0, I), or a draw of q(x_t | x_0) of the images."""
-
-    def noise() -> Tensor:
-        return draw((len(streams), *shape), streams).to(model.device)
-
-    if image is None:
-        return noise()
-    x0 = model.draw_x0(model.moments(image.to(model.device)), noise())
-    return level.alpha_bar**0.5 * x0 + (1 - level.alpha_bar) ** 0.5 * noise()
+def enlarging(chain: Chain, concepts: Sequence[inputs.Concept]) -> Chain:
+    """The chain of the upsampler of a chain's model, as that likes to be drawn with."""
+    model = chain.model.upsampler
+    prompts, usual = inputs.in_plain_words(chain.prompts, concepts), model.sampling
+    shape = model.x0_shape(*(model.factor * side for side in chain.shape[1:]))
+    levels = levels_of(model, usual.sampler, usual.steps)
+    return Chain(model, prompts, [""] * len(prompts), usual.scale, usual.sampler, levels, shape, kept=chain.kept)
 
 
 @contextmanager

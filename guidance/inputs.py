@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guidance.errors import GuidanceError
@@ -50,6 +51,39 @@ def start(image: Tensor, count: int, height: int | None, width: int | None) -> T
                 "out, or crop the image"
             )
     return image.float().expand(count, -1, -1, -1)
+
+
+def kept(model: Any, image: Tensor | None, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What an inpainting model keeps: images (B, 3, H, W) and masks (B, 1, H, W), 1 where the image stays."""
+    networks = [network for network in (model, model.upsampler) if network is not None]
+    if not all(getattr(network, "inpaints", False) for network in networks):
+        raise GuidanceError(f"a mask is for inpainting models, and {networks[-1].source} is none: leave the mask out")
+    if image is None:
+        raise GuidanceError("a mask says which part of an image stays: give the image, too")
+    image = start(image, count, None, None)
+    mask = mask[None] if mask.ndim == 2 else mask
+    mask = mask[None] if mask.ndim == 3 else mask
+    if mask.shape not in ((1, 1, *image.shape[2:]), (count, 1, *image.shape[2:])):
+        raise GuidanceError(f"the mask is {tuple(mask.shape)}, the image {tuple(image.shape)}: make it (H, W) of that")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise GuidanceError("a mask holds 1 where the image stays and 0 where it is drawn anew, and nothing between")
+    return image, mask.float().expand(count, -1, -1, -1)
+
+
+def reduced(kept: tuple[Tensor, Tensor] | None, factor: int) -> tuple[Tensor, Tensor] | None:
+    """What is kept, for a network that draws `factor` times smaller: a pixel stays if all that it covers does."""
+    if kept is None:
+        return None
+    image, mask = kept
+    return F.avg_pool2d(image, factor), -F.max_pool2d(-mask, factor)
+
+
+def in_plain_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """Prompts with every learned word replaced by the words that it started from, or nothing."""
+    for concept in concepts:
+        plain = getattr(concept, "metadata", {}).get("init", "")
+        prompts = [prompt.replace(concept.placeholder, plain) for prompt in prompts]
+    return list(prompts)
 
 
 def _span(image: Tensor) -> str:

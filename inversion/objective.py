@@ -77,7 +77,7 @@ def denoising_loss(
     noise, t = batch.noise.to(device), batch.t.to(device)
     x0 = model.draw_x0(batch.moments.to(device), batch.draw.to(device))  # (B, C, h, w)
     x_t = schedule.q_sample(x0, t, noise)
-    output = model.predict(x_t, t, features)
+    output = model.predict(x_t, t, features)[:, : x0.shape[1]]                  # without a learned variance
     return mse(output, target(schedule, model.prediction, x0, t, noise))
 
 

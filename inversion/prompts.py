@@ -130,7 +130,7 @@ def fill(templates: Sequence[Sequence[str]], word: str) -> list[list[str]]:
 def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence[str]]) -> None:
     """Raise InversionError unless the concept is a new word and arrives whole in every prompt.
 
-    tokenizer: anything with `encode`, `tokens_of`, `vocab_size` and `length`, as `models.ClipTokenizer`.
+    tokenizer: anything with `encode`, `tokens_of`, `vocab_size` and `room`, as `models.ClipTokenizer`.
     """
     n, word = len(concept.vectors), concept.placeholder
     require_new_word(tokenizer, word)
@@ -143,7 +143,7 @@ def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence
     for template in sorted(
         {template for several in templates for template in several}, key=length, reverse=True
     ):
-        rest, slots, room = length(template), template.count(SLOT), tokenizer.length - 2
+        rest, slots, room = length(template), template.count(SLOT), tokenizer.room
         if rest + slots * n > room:
             most = (room - rest) // slots if slots else 0
             remedy = f"use at most {most} vectors, or" if most > 0 else "please"

@@ -45,6 +45,11 @@ class GlideTokenizer:
         with gzip.open(GPT2_MERGES, "rt", encoding="utf-8") as lines:
             return cls(read_merges(lines), length)
 
+    @property
+    def room(self) -> int:
+        """Tokens of a text that fit a sequence: no begin, no end."""
+        return self.length
+
     def tokens_of(self, text: str) -> list[int]:
         """The ids of a text as it stands inside a sentence, behind a space; without padding or placeholders."""
         return self._ids(" " + text.strip()) if text.strip() else []

@@ -6,7 +6,7 @@ dtype; what goes between them and out is float32 (float64 stays float64).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,15 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class Sampling(NamedTuple):
-    """How a model's images are usually drawn: a name of `diffusion.SAMPLERS`, its steps, the guidance scale."""
+    """How a model's images are usually drawn: a name of `diffusion.SAMPLERS`, its steps, the guidance scale.
+
+    steps: how many, or a spacing of `diffusion.respaced`. noise: the factor on the first x.
+    """
 
     sampler: str
-    steps: int
+    steps: int | str
     scale: float
+    noise: float = 1.0
 
 
 SAMPLING = {"emoji": Sampling("ddim", 30, 3.0)}
@@ -53,6 +57,8 @@ class LatentModel:
     prediction: str
     resolution: int
     source: str
+    pixels: ClassVar[bool] = False
+    upsampler: ClassVar[None] = None
     names: dict[str, str] = field(default_factory=dict)
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -118,23 +124,23 @@ class LatentModel:
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,)."""
         out = self.unet(x_t.to(self.dtype), t.to(x_t.device), features.context.to(self.dtype))
-        return _at_least_float32(out)
+        return at_least_float32(out)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance."""
         weight = self._encoder_weight()
-        return _at_least_float32(self.vae.encode(images.to(weight)))
+        return at_least_float32(self.vae.encode(images.to(weight)))
 
     def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Moments (B, 2C, h, w) and noise (B, C, h, w) ~ N(0, 1) -> scaled latents (B, C, h, w), float32."""
-        return _at_least_float32(self.vae.sample(moments, noise))
+        return at_least_float32(self.vae.sample(moments, noise))
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1]."""
         weight = self._encoder_weight()
-        return _at_least_float32(self.vae.decode(x0.to(weight))).clamp(-1.0, 1.0)
+        return at_least_float32(self.vae.decode(x0.to(weight))).clamp(-1.0, 1.0)
 
     def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image's latents. Raises ModelError for a size that the networks cannot halve."""
@@ -162,5 +168,6 @@ class LatentModel:
         return next(self.vae.parameters())
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32, or what is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,10 +4,11 @@ Stable Diffusion 1.4 and 1.5 are one architecture trained for longer, and so are
 models for 512 pixels predict epsilon and those for 768 predict v; everything else about them is the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.errors import ModelError
+from models.glide_text import GlideTextConfig
 from models.latent import LatentModel
 from models.text import ClipText, ClipTextConfig
 from models.tokenizer import ClipTokenizer
@@ -60,6 +61,44 @@ TINY = Preset(
     32,
     merges=1000,
 )  # fmt: skip
+
+
+
+@dataclass(frozen=True)
+class GlidePreset:
+    """One of GLIDE's networks in numbers; the fields are those of GlideModel."""
+
+    unet: UNetConfig
+    text: GlideTextConfig
+    schedule: dict[str, Any]
+    resolution: int
+    enlarges: bool = False
+    inpaints: bool = False
+
+    def inpainting(self) -> "GlidePreset":
+        """The form that sees what of an image is to be kept."""
+        return replace(self, unet=replace(self.unet, in_channels=self.unet.in_channels + 4), inpaints=True)
+
+
+GLIDE_UNET = UNetConfig(
+    3, 6, 192, (1, 2, 3, 4), 3, (8, 4, 2), None, 64, 512, attention="joint", resblock_updown=True, scale_shift=True
+)
+GLIDE_BASE = GlidePreset(GLIDE_UNET, GlideTextConfig(), {"name": "squaredcos_cap_v2", "steps": 1000}, 64)
+GLIDE_UPSAMPLE = GlidePreset(
+    replace(
+        GLIDE_UNET, in_channels=6, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_resolutions=(32, 16, 8)
+    ),
+    GlideTextConfig(),
+    {"name": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+    256,
+    enlarges=True,
+)
+GLIDE: dict[str, GlidePreset] = {
+    "base": GLIDE_BASE,
+    "upsample": GLIDE_UPSAMPLE,
+    "base_inpaint": GLIDE_BASE.inpainting(),
+    "upsample_inpaint": GLIDE_UPSAMPLE.inpainting(),
+}
 
 PRESETS: dict[str, Preset] = {
     "sd1.4": SD1,

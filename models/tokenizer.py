@@ -93,6 +93,11 @@ class ClipTokenizer:
         pad = next(token for token, i in self.vocabulary.tokens.items() if i == self.pad)
         vocabulary.write(Path(folder), self.vocabulary, self.length, pad)
 
+    @property
+    def room(self) -> int:
+        """Tokens of a text that fit a sequence."""
+        return self.length - 2
+
     def tokens_of(self, text: str) -> list[int]:
         """The ids of a text, without begin, end, padding or placeholders."""
         return self._encoder.encode(text, add_special_tokens=False).ids
@@ -123,18 +128,17 @@ class ClipTokenizer:
         starts = accumulate(placeholders.values(), initial=self.vocab_size)
         known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
         pattern = placeholder_pattern(placeholders)
-        room = self.length - 2
         ids = torch.full((len(texts), self.length), self.pad, dtype=torch.int64)  # (B, L)
         mask = torch.zeros(ids.shape, dtype=torch.bool)  # (B, L)
         cut = []
         for i, text in enumerate(texts):
             parts = pattern.split(text) if pattern else [text]
             row = [token for part in parts for token in known.get(part) or self.tokens_of(part)]
-            cut.append(self.decode(row[room:], placeholders))
-            if len(row) > room:
-                too_long = f"a prompt of {len(row)} tokens is longer than the {room} that fit"
+            cut.append(self.decode(row[self.room :], placeholders))
+            if len(row) > self.room:
+                too_long = f"a prompt of {len(row)} tokens is longer than the {self.room} that fit"
                 warnings.warn(f"{too_long}; cut off: {cut[-1]!r}", UserWarning, stacklevel=2)
-            row = [self.begin, *row[:room], self.end]
+            row = [self.begin, *row[: self.room], self.end]
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = True
         return Tokens(ids, mask, cut)
