@@ -69,18 +69,19 @@ class Chain:
 
         small: (b, 3, h, w), what the chain before drew, for an upsampler.
         """
-        denoise, x = self._denoiser(part, small), self._first(part, streams)
+        kept = None if self.kept is None else tuple(each[part].to(self.model.device) for each in self.kept)
+        denoise, x = self._denoiser(part, small, kept), self._first(part, streams)
         for state in SAMPLERS[self.sampler](denoise, x, self.levels, generator=streams):
             x = state.x                                                                        # (b, C, h, w)
             step_done()
-        return self.model.decode(x)
+        images = self.model.decode(x)
+        return images if kept is None else torch.where(kept[1].bool(), kept[0], images)        # PLMS mixes steps
 
-    def _denoiser(self, part: slice, small: Tensor | None) -> Denoiser:
+    def _denoiser(self, part: slice, small: Tensor | None, kept: tuple[Tensor, Tensor] | None) -> Denoiser:
         """Guided; at scale 1 or 0 only the half that counts is encoded."""
         model, prompts, negatives = self.model, self.prompts[part], self.negatives[part]
         asked = {0: negatives, 1: prompts}.get(self.scale, negatives + prompts)
         features = model.encode_text(model.tokenizer.encode(asked, self.placeholders), self.extra)
-        kept = None if self.kept is None else tuple(each[part].to(model.device) for each in self.kept)
         if small is not None or kept is not None:
             model = model.given(self.shape[1:], small, *(kept or (None, None)))
         denoise = bind(model, features)
@@ -110,7 +111,7 @@ def clamped(denoise: Denoiser) -> Denoiser:
 
 
 def keeping(denoise: Denoiser, image: Tensor, mask: Tensor) -> Denoiser:
-    """x_0 is the image wherever the mask is 1, at every step, and so in the result to the last bit.
+    """x_0 is the image wherever the mask is 1, at every step.
 
     image: (B, 3, H, W). mask: (B, 1, H, W), 0 or 1. Source: openai/glide-text2im @ 69b5307, its inpainting notebook.
     """

@@ -5,9 +5,10 @@ models.save(model, "copy", "diffusers")
 """
 
 from models.errors import ModelError
+from models.glide import GlideModel
 from models.latent import LatentModel
 from models.loading import load, save
 from models.text import TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 
-__all__ = ["ClipTokenizer", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load", "save"]
+__all__ = ["ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load", "save"]

@@ -9,6 +9,7 @@ Source: Radford et al. 2019 (GPT-2), section 2.2; openai/glide-text2im @ 69b5307
 """
 
 import gzip
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -22,6 +23,7 @@ from models.tokenizer import Tokens, placeholder_pattern
 from models.vocabulary import byte_characters, read_merges
 
 END = "<|endoftext|>"
+BYTES_AND_END = 257
 GPT2_MERGES = Path(__file__).parent / "data" / "gpt2" / "vocab.bpe.gz"
 
 
@@ -49,6 +51,21 @@ class GlideTokenizer:
     def room(self) -> int:
         """Tokens of a text that fit a sequence: no begin, no end."""
         return self.length
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, length: int = 128) -> "GlideTokenizer":
+        """A tokenizer of at most vocab_size tokens (257 or more) learned from captions; it can encode every text."""
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        if vocab_size < BYTES_AND_END:
+            raise ModelError(f"{vocab_size} tokens have no room for the {BYTES_AND_END} that are no merges: use more")
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
+        bpe.train_from_iterator((caption.lower() for caption in captions), trainer)
+        merges = json.loads(bpe.to_str())["model"]["merges"]
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+        return cls(pairs[: vocab_size - BYTES_AND_END], length)
 
     def tokens_of(self, text: str) -> list[int]:
         """The ids of a text as it stands inside a sentence, behind a space; without padding or placeholders."""

@@ -1,4 +1,4 @@
-"""Loading a latent diffusion model from wherever it is, and saving it to either published layout.
+"""Loading a model from wherever it is, and saving it to the published layouts.
 
 Everything ends in one object, and everything is strict: a file that does not fit is an error that names what
 does not. Nothing from a file is executed. Files are written beside their place and renamed into it, so there
@@ -12,7 +12,10 @@ from typing import Literal
 import torch
 
 from models.errors import ModelError
+from models.files import open_tensors
 from models.folder import read_folder, write_folder
+from models.glide import GlideModel
+from models.glide_file import is_glide, read_glide, write_glide
 from models.latent import LatentModel
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 
@@ -26,11 +29,12 @@ def load(
     device: torch.device | str | None = None,
     prediction: str | None = None,
     variant: str | None = None,
-) -> LatentModel:
-    """Load a latent diffusion model, frozen and ready to use.
+) -> LatentModel | GlideModel:
+    """Load a model, frozen and ready to use.
 
     source: the name "emoji"; a folder in the diffusers layout; a single .safetensors or .ckpt file as CompVis
-    and Stability publish them; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+    and Stability publish them; one of GLIDE's files, base.pt for example; or a hub id such as
+    "stable-diffusion-v1-5/stable-diffusion-v1-5".
     dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
     says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors.
@@ -48,6 +52,8 @@ def load(
     if path.is_dir():
         return read_folder(path, dtype, device, prediction, variant)
     if path.is_file() or path.suffix in SUFFIXES:
+        if is_glide(open_tensors(path)):
+            return read_glide(path, dtype, device)
         return read_single_file(path, dtype, device, prediction)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         from models.hub import download
@@ -69,18 +75,21 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def save(
-    model: LatentModel,
+    model: LatentModel | GlideModel,
     path: str | Path,
     layout: Literal["diffusers", "single"] = "diffusers",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model as a folder in the diffusers layout, or as a single .safetensors file.
+    """Write a model as a folder in the diffusers layout, or as a single .safetensors file (GLIDE's always).
 
     Tensors of the loaded file that no network uses go back to the layout that they came from: what went in
     comes out equal. dtype: what the networks' tensors are stored in, None for what they run in. A model
     folder at `path` is replaced. Raises ModelError for anything else that is there, for a released VAE, and
     for a model that the layout has no place for.
     """
+    if isinstance(model, GlideModel):
+        write_glide(model, Path(path), dtype)
+        return
     if next(model.vae.parameters()).is_meta:
         raise ModelError(
             "the VAE was released from memory (release_encoder): load the model again to save it"

@@ -9,6 +9,7 @@ Source: Nichol et al. 2022 (GLIDE), sections 2.4 and 3.2; openai/glide-text2im @
 """
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,6 +194,12 @@ class NoisyClip(nn.Module):
         super().__init__()
         self.config = config
         self.text_encoder, self.image_encoder = TextEncoder(config), ImageEncoder(config)
+        self.tokenizer = tokenizer(config.length)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(B, E), each of length 1."""
+        tokens, device = self.tokenizer.encode(texts), self.text_encoder.blocks["input"].w_voc.device
+        return self.text_encoder(tokens.ids.to(device), tokens.mask.to(device))
 
     def similarity(self, text: Tensor, image: Tensor, t: Tensor) -> Tensor:
         """(B,) 100 cos(text, image). text: (B, E) of the text encoder; image: (B, 3, H, W); t: (B,) int64."""

@@ -9,7 +9,9 @@ from functools import cache
 import torch
 from torch import nn
 
-from models import ClipTokenizer, LatentModel
+from models import ClipTokenizer, GlideModel, LatentModel
+from models.glide_text import GlideText, GlideTextConfig
+from models.glide_tokenizer import GlideTokenizer
 from models.text import ClipText, ClipTextConfig
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
@@ -43,6 +45,30 @@ def tiny_model(seed: int = 0, prediction: str = "epsilon") -> LatentModel:
         schedule={"name": "scaled_linear", "steps": 1000, "beta_start": 0.00085, "beta_end": 0.012},
         prediction=prediction, resolution=16, source=f"tiny:{seed}",
     )  # fmt: skip
+
+
+@cache
+def tiny_glide_tokenizer() -> GlideTokenizer:
+    """The words of `CAPTIONS`, one token each; any other text in pieces. 24 tokens long."""
+    return GlideTokenizer.train(CAPTIONS * 10, vocab_size=340, length=24)
+
+
+def tiny_glide(seed: int = 0, enlarges: bool = False, inpaints: bool = False) -> GlideModel:
+    """A frozen GLIDE network, 16x16 pixels (an upsampler 64x64), its text 32 wide; the same seed, the same weights."""
+    tokenizer = tiny_glide_tokenizer()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        config = UNetConfig(
+            3 + 3 * enlarges + 4 * inpaints, 6, 32, (1, 2), 1, (2,), None, 16, 32, attention="joint",
+            resblock_updown=True, scale_shift=True,
+        )  # fmt: skip
+        unet, text = UNet(config), GlideText(GlideTextConfig(tokenizer.vocab_size, tokenizer.length, 32, 2, 2, 128))
+        for network in (unet, text):
+            randomise(network)
+    schedule = {"name": "linear" if enlarges else "squaredcos_cap_v2", "steps": 1000}
+    return GlideModel(
+        unet, text, tokenizer, schedule, 64 if enlarges else 16, enlarges, inpaints, f"tiny GLIDE:{seed}"
+    )
 
 
 def randomise(network: nn.Module) -> None:

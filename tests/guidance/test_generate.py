@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
 from guidance import GuidanceError, generate
+from models.latent import Sampling
 
 EXACT = 2e-5  # float32, times up to 1 / sqrt(alpha_bar) = 15 at the first level
 
@@ -40,7 +41,9 @@ class Model:
     resolution: int = 16
     width: int = 1
     device: torch.device = torch.device("cpu")
-    sampling: tuple[str, int, float] = ("ddim", 50, 7.5)
+    sampling: Sampling = Sampling("ddim", 50, 7.5)
+    pixels: bool = False
+    upsampler: None = None
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     asked: list[tuple[float, int]] = field(default_factory=list)
     first: Tensor | None = None
@@ -114,7 +117,7 @@ def test_zero_terminal_snr_starts_at_the_last_time() -> None:
 
 
 def test_what_is_not_said_is_as_the_model_likes_it() -> None:
-    model = Model(0.5, sampling=("euler", 3, 2.0))
+    model = Model(0.5, sampling=Sampling("euler", 3, 2.0))
     usual = generate(model, "0.4", negative="0.1", generator=0)
     assert len(model.asked) == 3
     said = generate(Model(0.5), "0.4", negative="0.1", sampler="euler", steps=3, scale=2.0, generator=0)

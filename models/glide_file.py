@@ -1,0 +1,99 @@
+"""GLIDE's files: one network with its text transformer each, under the published names.
+
+The four published files say nothing but their tensors; which one it is, its input channels tell. A model of other
+sizes is written as .safetensors with its numbers and its merges in the metadata, and read back from there.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.errors import ModelError
+from models.files import Weights, metadata
+from models.glide import GlideModel
+from models.glide_text import GlideText, GlideTextConfig
+from models.glide_tokenizer import GlideTokenizer
+from models.presets import GLIDE, GlidePreset
+from models.renaming import Layout
+from models.unet import UNet, UNetConfig
+from models.weights import Part, fill, gather, on_meta, write_safetensors
+
+KEY = "oneword.glide"
+TELLING = {"padding_embedding", "transformer_proj.weight", "input_blocks.0.0.weight"}
+
+
+def is_glide(names: Iterable[str]) -> bool:
+    """Whether a file of these tensors is one of GLIDE's networks."""
+    return set(names) >= TELLING
+
+
+def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
+    """Load a file; the arguments are those of `models.load`. Raises ModelError for all that does not fit."""
+    weights = Weights((path,))
+    said = metadata(path).get(KEY) if path.suffix == ".safetensors" else None
+    if said:
+        preset, tokenizer = _described(said, path)
+    else:
+        preset = _published(tuple(weights.open()["input_blocks.0.0.weight"].shape), path)
+        tokenizer = GlideTokenizer.gpt2(preset.text.length)
+    model = GlideModel(
+        unet=on_meta(lambda: UNet(preset.unet)), text=on_meta(lambda: GlideText(preset.text)), tokenizer=tokenizer,
+        schedule=dict(preset.schedule), resolution=preset.resolution, enlarges=preset.enlarges,
+        inpaints=preset.inpaints, source=str(path),
+    )  # fmt: skip
+    fill(_parts(model), weights, dtype, device)
+    return model
+
+
+def write_glide(model: GlideModel, path: Path, dtype: torch.dtype | None) -> None:
+    """Write a model, without its upsampler, beside `path` and rename it into place.
+
+    Raises ModelError for a path that is taken or no .safetensors.
+    """
+    if path.suffix != ".safetensors":
+        raise ModelError(f"a GLIDE network is written as .safetensors; {path} ends in {path.suffix!r}")
+    if path.exists():
+        raise ModelError(f"{path} exists: choose another path, or remove it")
+    described = {
+        "unet": asdict(model.unet.config), "text": asdict(model.text.config), "schedule": model.schedule,
+        "resolution": model.resolution, "enlarges": model.enlarges, "inpaints": model.inpaints,
+        "merges": [" ".join(pair) for pair in model.tokenizer.merges],
+    }  # fmt: skip
+    tensors = {name: tensor for part in _parts(model) for name, tensor in gather(part, dtype).items()}
+    beside = path.with_name(path.name + ".part")
+    try:
+        write_safetensors(beside, tensors, {KEY: json.dumps(described)})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _parts(model: GlideModel) -> list[Part]:
+    return [Part(model.unet, Layout()), Part(model.text, Layout())]
+
+
+def _published(stem: tuple[int, ...], path: Path) -> GlidePreset:
+    """The published network whose first convolution has this shape."""
+    for preset in GLIDE.values():
+        if stem[:2] == (preset.unet.model_channels, preset.unet.in_channels):
+            return preset
+    raise ModelError(
+        f"{path} is none of GLIDE's published networks ({', '.join(GLIDE)}): its first convolution is {stem}"
+    )
+
+
+def _described(said: str, path: Path) -> tuple[GlidePreset, GlideTokenizer]:
+    """The network and tokenizer that a file of `write_glide` describes."""
+    try:
+        known: dict[str, Any] = json.loads(said)
+        merges = [tuple(pair.split(" ")) for pair in known.pop("merges")]
+        lists = {key: tuple(value) for key, value in known["unet"].items() if isinstance(value, list)}
+        unet, text = UNetConfig(**known.pop("unet") | lists), GlideTextConfig(**known.pop("text"))
+        return GlidePreset(unet, text, **known), GlideTokenizer(merges, text.length)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the metadata of {path} does not describe a GLIDE network ({error})") from error

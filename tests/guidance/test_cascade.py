@@ -1,0 +1,225 @@
+"""`generate` with GLIDE: an upsampler after the base, what is kept of an image, CLIP's gradient."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import Level, Prediction, Schedule
+from guidance import GuidanceError, clip_gradient, generate, gradient_of
+from guidance.chain import keeping
+from guidance.generate import levels_of
+from inversion import Concept
+from models.noisy_clip import NoisyClip, NoisyClipConfig
+from tests.tiny import randomise, tiny_glide, tiny_model
+
+
+def picture(size: int, seed: int = 0) -> Tensor:
+    return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_base_draws_as_the_notebook_does() -> None:
+    """100 evenly spaced ancestral steps, both ends of 1000 among them, with the learned variance; fast27 above."""
+    model = tiny_glide()
+    times = [level.t for level in levels_of(model, "ddpm", "100")]
+    assert (times[0], times[-2], times[-1], len(times)) == (999, 0, -1, 101)
+    assert len(levels_of(tiny_glide(enlarges=True), "ddim", "fast27")) == 28
+    assert generate(model, "a dog", steps=3, generator=0).shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="is no spacing"):
+        generate(model, "a dog", steps="many")
+
+
+def test_the_variance_that_the_network_learned_is_used() -> None:
+    def drawn(raw_variance: float) -> Tensor:
+        model = tiny_glide()
+        model.unet.out[2].weight.data[3:], model.unet.out[2].bias.data[3:] = 0, raw_variance
+        return generate(model, "a dog", steps=3, scale=1.0, generator=0)
+
+    assert not torch.allclose(drawn(-1.0), drawn(1.0), atol=1e-3)
+    ddim = [generate(tiny_glide(), "a dog", steps=3, sampler="ddim", generator=0) for _ in range(2)]
+    assert torch.equal(*ddim)
+
+
+@dataclass
+class Recorder:
+    """An upsampler that remembers what it was given."""
+
+    inner: object
+    asked: list[str] = field(default_factory=list)
+    small: Tensor | None = None
+    first: Tensor | None = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def given(self, size: tuple[int, int], small: Tensor, image: Tensor | None, mask: Tensor | None) -> object:
+        self.small = small
+        given, recorder = self.inner.given(size, small, image, mask), self
+
+        class Given:
+            prediction = "epsilon"
+
+            def predict(self, x_t: Tensor, t: Tensor, features: object) -> Tensor:
+                recorder.first = x_t if recorder.first is None else recorder.first
+                return given.predict(x_t, t, features)
+
+        return Given()
+
+    @property
+    def tokenizer(self) -> object:
+        tokenizer, asked = self.inner.tokenizer, self.asked
+
+        class Tokenizer:
+            def encode(self, texts: list[str], placeholders: dict[str, int]) -> object:
+                asked.extend(texts)
+                return tokenizer.encode(texts, placeholders)
+
+        return Tokenizer()
+
+
+def test_an_upsampler_gets_the_drawing_and_plain_words() -> None:
+    base, upsampler = tiny_glide(), Recorder(tiny_glide(1, enlarges=True))
+    concept = Concept("<x>", torch.randn(2, 32), {"init": "white dog"})
+    alone = generate(base, ["a photo of <x>", "a cat"], steps=2, concepts=[concept], generator=3)
+    base.upsampler = upsampler
+    steps: list[tuple[int, int]] = []
+    large = generate(
+        base, ["a photo of <x>", "a cat"], steps=2, concepts=[concept], generator=3,
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert large.shape == (2, 3, 64, 64)
+    assert large.abs().max() <= 1
+    assert upsampler.asked == ["a photo of white dog", "a cat"]
+    assert torch.equal(upsampler.small, alone)                       # the base drew what it draws alone
+    assert steps == [(i, 29) for i in range(1, 30)]
+    stream = torch.Generator().manual_seed(3)
+    torch.randn(3, 3, 16, 16, generator=stream)                      # the base: the first noise and that of two steps
+    torch.testing.assert_close(
+        upsampler.first[0], 0.997 * torch.randn(3, 64, 64, generator=stream), rtol=0, atol=1e-6
+    )
+
+
+def test_the_upsampler_sees_eight_bits_of_the_drawing() -> None:
+    model, small = tiny_glide(enlarges=True), picture(16)[None]
+    rounded = (small * 127.5 + 127.5).round() / 127.5 - 1
+    given = [model.given((64, 64), image, None, None).images for image in (small, rounded)]
+    torch.testing.assert_close(*given, rtol=0, atol=1e-6)
+    assert (given[0] - torch.nn.functional.interpolate(small, (64, 64), mode="bilinear")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral", "plms", "dpmpp_2m"])
+def test_what_is_kept_is_kept_exactly(sampler: str) -> None:
+    image, mask = picture(16), torch.zeros(16, 16)
+    mask[4:, :10] = 1
+    drawn = generate(
+        tiny_glide(inpaints=True), ["a dog", "a cat"], steps=4, sampler=sampler, image=image, mask=mask, generator=0
+    )
+    kept = mask.bool().expand(3, 16, 16)
+    assert all(torch.equal(one[kept], image[kept]) for one in drawn)
+    assert not torch.allclose(drawn[0][~kept], image[~kept], atol=0.1)
+
+
+def test_a_cascade_keeps_exactly_too() -> None:
+    base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, enlarges=True, inpaints=True))
+    image, mask = picture(64), torch.zeros(1, 1, 64, 64)
+    mask[..., 5:, :30] = 1
+    drawn = generate(base, "a dog", steps=2, image=image, mask=mask, generator=0)
+    kept = mask[0].bool().expand(3, 64, 64)
+    assert torch.equal(drawn[0][kept], image[kept])
+    assert not torch.allclose(drawn[0][~kept], image[~kept], atol=0.1)
+
+
+def test_the_mask_shows_what_stays_to_the_network() -> None:
+    """The same noise, another image behind the part that is drawn anew: no difference; behind the kept part: one."""
+    model, mask = tiny_glide(inpaints=True), torch.zeros(16, 16)
+    mask[:, 8:] = 1
+    image, other = picture(16), picture(16, 1)
+    behind, kept = torch.where(mask.bool(), image, other), torch.where(mask.bool(), other, image)
+    first, same, unlike = (
+        generate(model, "a dog", steps=2, image=each, mask=mask, generator=0)[..., :8] for each in (image, behind, kept)
+    )
+    assert torch.equal(first, same)
+    assert not torch.allclose(first, unlike, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mask": torch.ones(16, 16)}, "give the image, too"),
+        ({"mask": torch.ones(8, 8), "image": picture(16)}, r"the mask is \(1, 1, 8, 8\)"),
+        ({"mask": torch.full((16, 16), 0.5), "image": picture(16)}, "nothing between"),
+    ],
+)
+def test_masks_that_cannot_be(options: dict, said: str) -> None:
+    with pytest.raises(GuidanceError, match=said):
+        generate(tiny_glide(inpaints=True), "a dog", steps=2, **options)
+
+
+def test_a_mask_is_for_inpainting_models_only() -> None:
+    for model in (
+        tiny_glide(), tiny_model(), replace(tiny_glide(inpaints=True), upsampler=tiny_glide(enlarges=True)),
+    ):
+        with pytest.raises(GuidanceError, match="is for inpainting models"):
+            generate(model, "a dog", image=picture(16), mask=torch.ones(16, 16), steps=2)
+
+
+def test_keeping_is_consistent_in_eps() -> None:
+    x_t, image, mask = picture(4)[None], picture(4, 1)[None], torch.ones(1, 1, 4, 4)
+    level = Level(500.0, 0.3)
+    kept = keeping(lambda x, level: Prediction.from_eps(x, 0 * x, level.alpha_bar), image, mask)(x_t, level)
+    torch.testing.assert_close(0.3**0.5 * kept.x0 + 0.7**0.5 * kept.eps, x_t, rtol=0, atol=1e-6)
+
+
+class TestGradient:
+    def test_it_is_that_of_the_log_probability(self) -> None:
+        """log N(y; x_t, 1) has the gradient y - x_t, at every time."""
+        y, x, seen = picture(4)[None], picture(4, 1)[None], []
+
+        def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
+            seen.append(t.tolist())
+            return -0.5 * (y - x_t).square().flatten(1).sum(dim=1)
+
+        with torch.no_grad():
+            gradient = gradient_of(log_probability, 3.0)(x, Level(17.0, 0.9))
+        torch.testing.assert_close(gradient, 3.0 * (y - x), rtol=0, atol=1e-6)
+        assert seen == [[17]]
+
+    def test_an_ancestral_chain_is_drawn_towards_it(self) -> None:
+        target = torch.full((1, 3, 16, 16), 0.8)
+
+        def distance(scale: float) -> float:
+            gradient = gradient_of(lambda x, t: -(x - target).square().flatten(1).sum(dim=1), scale)
+            drawn = generate(tiny_glide(), "a dog", scale=1.0, steps=10, gradient=gradient, generator=0)
+            return (drawn - target).square().mean().item()
+
+        assert distance(1.0) < 0.7 * distance(0.0)
+
+    def test_a_scale_of_nothing_changes_nothing(self) -> None:
+        still = gradient_of(lambda x, t: x.flatten(1).sum(dim=1), 0.0)
+        options = {"steps": 3, "generator": 0}
+        drawn = generate(tiny_glide(), "a dog", gradient=still, **options)
+        plain = generate(tiny_glide(), "a dog", **options)
+        torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-6)
+
+    def test_clip_s_gradient_raises_the_similarity(self) -> None:
+        torch.manual_seed(0)
+        clip = NoisyClip(NoisyClipConfig(16, 49408, 20, 2, 2, 16, 4, 2, 2, 1000, 8))
+        randomise(clip)
+        texts, x, level = ["a dog", "a cat"], torch.stack([picture(16), picture(16, 1)]), Level(300.0, 0.5)
+        gradient = clip_gradient(clip, texts, 2.0)(x, level)
+        text, t = clip.encode_text(texts), torch.tensor([300, 300])
+        before, after = (clip.similarity(text, each, t) for each in (x, x + 1e-3 * gradient.sign()))
+        assert (after > before).all()
+        # to first order the rise is the step's length times the gradient, which carries the scale of 2
+        rise = (1e-3 * gradient.abs() / 2).flatten(1).sum(dim=1)
+        torch.testing.assert_close(after - before, rise, rtol=0.1, atol=0)
+
+    def test_it_is_of_all_images_at_once(self) -> None:
+        gradient = gradient_of(lambda x, t: x.flatten(1).sum(dim=1), 1.0)
+        with pytest.raises(GuidanceError, match="raise batch_size"):
+            generate(tiny_glide(), ["a dog", "a cat"], gradient=gradient, batch_size=1, steps=2)
+
+
+def test_levels_of_stable_diffusion_are_what_they_were() -> None:
+    assert levels_of(tiny_model(), "ddpm", 4)[0] == Schedule("scaled_linear").level(751)

@@ -1,0 +1,192 @@
+"""GLIDE's networks against the key lists of the public files, its tokenizer's edges, its model, its files."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from models import GlideModel, ModelError
+from models.glide import beside
+from models.glide_text import GlideText
+from models.glide_tokenizer import GlideTokenizer
+from models.noisy_clip import NoisyClip, NoisyClipConfig
+from models.presets import GLIDE
+from models.unet import UNet
+from models.weights import on_meta
+from tests.tiny import tiny_glide, tiny_glide_tokenizer
+
+MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
+CLIP = {"glide_clip_text_enc": "text_encoder", "glide_clip_image_enc": "image_encoder"}
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    content = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
+    return {key: tuple(shape) for key, (shape, _) in content["tensors"].items()}
+
+
+def shapes(*networks: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for network in networks for key, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", GLIDE)
+def test_the_published_networks_have_exactly_these_tensors(name: str) -> None:
+    unet, text = on_meta(lambda: UNet(GLIDE[name].unet)), on_meta(lambda: GlideText(GLIDE[name].text))
+    assert shapes(unet, text) == manifest(f"glide_{name}")
+
+
+@pytest.mark.parametrize("name", CLIP)
+def test_the_published_clip_has_exactly_these_tensors(name: str) -> None:
+    clip = on_meta(lambda: NoisyClip(NoisyClipConfig()))
+    assert shapes(getattr(clip, CLIP[name])) == manifest(name)
+
+
+class TestTokenizer:
+    def test_a_placeholder_stands_where_a_word_would(self) -> None:
+        """The space before it goes with it, the one after it with the next word."""
+        tokenizer = GlideTokenizer.gpt2(12)
+        plain = tokenizer.encode(["a photo of dog, in snow"]).ids[0].tolist()
+        learned = tokenizer.encode(["a photo of <x>, in snow"], {"<x>": 2}).ids[0].tolist()
+        assert learned[:8] == [*plain[:3], 50257, 50258, *plain[4:7]]
+
+    def test_a_placeholder_at_either_end(self) -> None:
+        tokens = GlideTokenizer.gpt2(6).encode(["<x> dog", "dog <x>", "<x> <x>", "<x>"], {"<x>": 1})
+        dog, at_first = (GlideTokenizer.gpt2(6).encode([text]).ids[0, 0].item() for text in (" dog", "dog"))
+        rows = [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask)]
+        assert rows == [[50257, dog], [at_first, 50257], [50257, 50257], [50257]]
+
+    def test_the_padding_never_moves(self) -> None:
+        tokens = GlideTokenizer.gpt2(8).encode(["", "a <x>"], {"<x>": 3})
+        assert tokens.ids[0].tolist() == [50256] * 8
+        assert not tokens.mask[0].any()
+        assert tokens.ids[1, 4:].tolist() == [50256] * 4
+        assert tokens.mask[1].tolist() == [True] * 4 + [False] * 4
+
+    def test_what_does_not_fit_is_cut_with_a_warning(self) -> None:
+        with pytest.warns(UserWarning, match="' dog'"):
+            tokens = GlideTokenizer.gpt2(3).encode(["a photo of dog"])
+        assert tokens.mask.all()
+        assert tokens.cut == [" dog"]
+
+    def test_words_are_known_inside_a_sentence_and_at_its_beginning(self) -> None:
+        tokenizer = GlideTokenizer.gpt2()
+        assert tokenizer.is_word("dog")
+        assert tokenizer.is_word(" dog")
+        assert not tokenizer.is_word("<frida>")
+        assert tokenizer.tokens_of("dog") == tokenizer.encode(["a dog"]).ids[0, 1:2].tolist()
+        assert tokenizer.tokens_of("  ") == []
+
+    def test_one_learned_from_captions_knows_their_words(self) -> None:
+        tokenizer = tiny_glide_tokenizer()
+        assert len(tokenizer.tokens_of("white")) == 1
+        text = "an Übergroßer dog 🐶"
+        ids = tokenizer.encode([text])
+        assert tokenizer.decode(ids.ids[ids.mask].tolist()) == text.lower()
+        with pytest.raises(ModelError, match="no room"):
+            GlideTokenizer.train(["a"], 200)
+
+
+class TestModel:
+    def test_padding_is_what_is_learned_of_it_whatever_the_ids(self) -> None:
+        model = tiny_glide()
+        tokens = model.tokenizer.encode(["a dog"])
+        features = model.encode_text(tokens)
+        others = replace(tokens, ids=torch.where(tokens.mask, tokens.ids, 7))
+        assert torch.equal(model.encode_text(others).context, features.context)
+        seen = replace(tokens, mask=torch.ones_like(tokens.mask))
+        assert not torch.allclose(model.encode_text(seen).pooled, features.pooled, atol=1e-3)
+
+    def test_a_learned_word_reaches_the_answer_by_context_and_by_the_pooled_text(self) -> None:
+        model, x = tiny_glide(), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        features = model.encode_text(model.tokenizer.encode(["a <x>"], {"<x>": 2}), vectors)
+        for other in (
+            features._replace(context=features.context.detach()), features._replace(pooled=features.pooled.detach())
+        ):
+            out = model.predict(x, torch.tensor([500]), other)
+            (gradient,) = torch.autograd.grad(out.square().sum(), vectors, retain_graph=True)
+            assert (gradient.abs().amax(dim=1) > 1e-4).all()
+
+    def test_an_inpainting_network_that_is_given_nothing_keeps_nothing(self) -> None:
+        model, x, t = tiny_glide(inpaints=True), torch.ones(2, 3, 16, 16), torch.tensor([500, 20])
+        features = model.encode_text(model.tokenizer.encode(["a dog", ""]))
+        given = model.given((16, 16), None, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16))
+        assert torch.equal(given.predict(x, t, features), model.predict(x, t, features))
+
+    def test_what_stands_beside_is_repeated_for_a_doubled_batch(self) -> None:
+        model, t = tiny_glide(enlarges=True), torch.full((4,), 300)
+        features = model.encode_text(model.tokenizer.encode(["a dog", "a cat"] * 2))
+        small, x = torch.rand(2, 3, 16, 16) * 2 - 1, torch.ones(4, 3, 64, 64)
+        out = model.given((64, 64), small, None, None).predict(x, t, features)
+        torch.testing.assert_close(out[:2], out[2:], rtol=0, atol=1e-6)      # rows of one product may differ by an ulp
+        assert not torch.allclose(out[0], out[1], atol=1e-3)
+        with pytest.raises(ModelError, match="enlarges"):
+            model.predict(x, t, features)
+
+    def test_the_input_channels_in_their_order(self) -> None:
+        image, mask = torch.full((1, 3, 4, 4), 0.5), torch.ones(1, 1, 4, 4)
+        mask[..., 0] = 0
+        known, seen, small = beside((4, 4), torch.full((1, 3, 2, 2), -0.25), image, mask)
+        assert known[0, 0, 0].tolist() == [0, 0.5, 0.5, 0.5]
+        assert torch.equal(seen, mask)
+        assert torch.equal(small, torch.full((1, 3, 4, 4), -0.25))
+
+    def test_parts_that_do_not_fit_each_other(self) -> None:
+        model = tiny_glide()
+        with pytest.raises(ModelError, match="input channels"):
+            replace(model, inpaints=True)
+        with pytest.raises(ModelError, match="vocabulary"):
+            replace(model, tokenizer=GlideTokenizer.gpt2(24))
+
+    def test_a_size_that_cannot_be_halved(self) -> None:
+        with pytest.raises(ModelError, match="multiples of 2"):
+            tiny_glide().x0_shape(15, 16)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("inpaints", [False, True])
+    def test_what_is_saved_comes_back_equal(self, tmp_path: Path, inpaints: bool) -> None:
+        model = tiny_glide(inpaints=inpaints)
+        models.save(model, tmp_path / "small.safetensors")
+        again = models.load(tmp_path / "small.safetensors")
+        assert isinstance(again, GlideModel)
+        for ours, theirs in ((model.unet, again.unet), (model.text, again.text)):
+            assert ours.config == theirs.config
+            assert all(torch.equal(theirs.state_dict()[name], t) for name, t in ours.state_dict().items())
+        assert (again.schedule, again.resolution, again.inpaints) == (model.schedule, 16, inpaints)
+        assert torch.equal(again.tokenizer.encode(["a large dog"]).ids, model.tokenizer.encode(["a large dog"]).ids)
+        with pytest.raises(ModelError, match="exists"):
+            models.save(model, tmp_path / "small.safetensors")
+        with pytest.raises(ModelError, match="ends in '.pt'"):
+            models.save(model, tmp_path / "small.pt")
+
+    def test_a_bare_file_of_no_published_network(self, tmp_path: Path) -> None:
+        model = tiny_glide()
+        torch.save(model.unet.state_dict() | model.text.state_dict(), tmp_path / "base.pt")
+        with pytest.raises(ModelError, match="none of GLIDE's published networks"):
+            models.load(tmp_path / "base.pt")
+
+    def test_metadata_that_describes_nothing(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        model = tiny_glide()
+        tensors = model.unet.state_dict() | model.text.state_dict()
+        save_file(tensors, tmp_path / "x.safetensors", {"oneword.glide": "{}"})
+        with pytest.raises(ModelError, match="does not describe a GLIDE network"):
+            models.load(tmp_path / "x.safetensors")
+
+    def test_a_file_that_lacks_a_tensor(self, tmp_path: Path) -> None:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        models.save(tiny_glide(), tmp_path / "small.safetensors")
+        with safe_open(tmp_path / "small.safetensors", "pt") as file:
+            tensors, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        del tensors["final_ln.bias"]
+        save_file(tensors, tmp_path / "cut.safetensors", said)
+        with pytest.raises(ModelError, match=r"final_ln\.bias \(32,\) is missing"):
+            models.load(tmp_path / "cut.safetensors")
