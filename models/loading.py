@@ -16,6 +16,7 @@ from models.files import open_tensors
 from models.folder import read_folder, write_folder
 from models.glide import GlideModel
 from models.glide_file import is_glide, read_glide, write_glide
+from models.glide_hub import CASCADES, load_cascade
 from models.latent import LatentModel
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 
@@ -32,9 +33,9 @@ def load(
 ) -> LatentModel | GlideModel:
     """Load a model, frozen and ready to use.
 
-    source: the name "emoji"; a folder in the diffusers layout; a single .safetensors or .ckpt file as CompVis
-    and Stability publish them; one of GLIDE's files, base.pt for example; or a hub id such as
-    "stable-diffusion-v1-5/stable-diffusion-v1-5".
+    source: the name "emoji"; "glide" or "glide-inpaint", fetched once from OpenAI; a folder in the diffusers
+    layout; a single .safetensors or .ckpt file as CompVis and Stability publish them; one of GLIDE's files,
+    base.pt for example; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
     dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
     says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors.
@@ -48,6 +49,8 @@ def load(
         model = read_folder(EMBEDDED[source], dtype, device, prediction, variant)
         model.family, model.source = source, source
         return model
+    if source in CASCADES:
+        return load_cascade(source, dtype, device)
     path = Path(source)
     if path.is_dir():
         return read_folder(path, dtype, device, prediction, variant)
@@ -59,8 +62,8 @@ def load(
         from models.hub import download
 
         return read_folder(download(str(source), variant), dtype, device, prediction, variant)
-    known = ", ".join(EMBEDDED)
-    raise ModelError(f"there is no file or folder {source}; the embedded models are: {known}")
+    known = ", ".join((*EMBEDDED, *CASCADES))
+    raise ModelError(f"there is no file or folder {source}; the models known by name are: {known}")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -1,0 +1,115 @@
+"""Fetching GLIDE's files from a server that breaks off."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from models import ModelError, glide_hub
+from models.presets import GLIDE, GlidePreset
+from tests.tiny import tiny_glide
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `files`, at most `most` bytes a request; remembers where the requests began."""
+
+    files: dict[str, bytes] = {}
+    most = 10**9
+    ranges = True
+    begun: list[tuple[str, int]] = []
+
+    def do_GET(self) -> None:
+        content = self.files.get(self.path.lstrip("/"))
+        if content is None:
+            self.send_error(404)
+            return
+        asked = self.headers.get("Range") if self.ranges else None
+        begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.begun.append((self.path.lstrip("/"), begin))
+        if asked and begin >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        self.wfile.write(content[begin : begin + self.most])
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    """A server at the published address, of tiny networks that count as the published ones; and an empty cache."""
+    kind = type("Serving", (Server,), {"files": {}, "begun": []})
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    monkeypatch.setattr(glide_hub, "ADDRESS", f"http://127.0.0.1:{serving.server_port}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, enlarges in (("base", False), ("upsample", True)):
+        model = tiny_glide(enlarges=enlarges)
+        config = replace(model.text.config, vocab_size=50257, length=128)
+        text = type(model.text)(config)
+        torch.save(model.unet.state_dict() | text.state_dict(), tmp_path / f"{name}.pt")
+        kind.files[f"{name}.pt"] = (tmp_path / f"{name}.pt").read_bytes()
+        preset = GlidePreset(model.unet.config, config, model.schedule, model.resolution, enlarges)
+        monkeypatch.setitem(GLIDE, name, preset)
+    yield kind
+    serving.shutdown()
+    serving.server_close()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "cache" / "oneword" / "glide").iterdir())
+
+
+def test_both_files_are_fetched_once(server: type[Server], tmp_path: Path) -> None:
+    model = models.load("glide")
+    assert (model.family, model.source, model.resolution, model.upsampler.resolution) == ("glide", "glide", 16, 64)
+    assert files(tmp_path) == ["base.pt", "upsample.pt"]
+    assert (tmp_path / "cache/oneword/glide/base.pt").read_bytes() == server.files["base.pt"]
+    models.load("glide")
+    assert server.begun == [("base.pt", 0), ("upsample.pt", 0)]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on_where_it_broke_off(server: type[Server], tmp_path: Path, ranges: bool) -> None:
+    server.most = 1000
+    with pytest.raises(ModelError, match=r"ended after 1000 of .*put the file at .*base\.pt"):
+        models.load("glide")
+    assert files(tmp_path) == ["base.pt.part"]
+    server.most, server.ranges = 10**9, ranges
+    models.load("glide")
+    assert server.begun == [("base.pt", 0), ("base.pt", 1000 if ranges else 0), ("upsample.pt", 0)]
+    assert (tmp_path / "cache/oneword/glide/base.pt").read_bytes() == server.files["base.pt"]
+
+
+def test_a_part_that_is_all_there_is_fetched_anew(server: type[Server], tmp_path: Path) -> None:
+    folder = tmp_path / "cache/oneword/glide"
+    folder.mkdir(parents=True)
+    (folder / "base.pt.part").write_bytes(server.files["base.pt"])
+    models.load("glide")
+    assert (folder / "base.pt").read_bytes() == server.files["base.pt"]
+
+
+def test_a_file_of_other_shapes_is_refused_by_name(server: type[Server], tmp_path: Path) -> None:
+    other = tiny_glide()
+    torch.save(other.unet.state_dict() | other.text.state_dict(), tmp_path / "other.pt")
+    server.files["base.pt"] = (tmp_path / "other.pt").read_bytes()
+    with pytest.raises(ModelError, match=r"token_embedding\.weight.*remove .*base\.pt to have it fetched anew"):
+        models.load("glide")
+
+
+def test_without_a_network_the_addresses_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: type[Server]
+) -> None:
+    monkeypatch.setattr(glide_hub, "ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(ModelError, match=r"http://127\.0\.0\.1:1/base\.pt cannot be fetched"):
+        models.load("glide")
+    assert files(tmp_path) == []
+    del server.files["upsample.pt"]
