@@ -51,13 +51,13 @@ def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device
 
 
 def write_glide(model: GlideModel, path: Path, dtype: torch.dtype | None) -> None:
-    """Write a model, without its upsampler, beside `path` and rename it into place.
+    """Write a model, without its upsampler, beside `path` and rename it into place; another of this kind is replaced.
 
-    Raises ModelError for a path that is taken or no .safetensors.
+    Raises ModelError for a path that is taken by anything else, or is no .safetensors.
     """
     if path.suffix != ".safetensors":
         raise ModelError(f"a GLIDE network is written as .safetensors; {path} ends in {path.suffix!r}")
-    if path.exists():
+    if path.exists() and KEY not in metadata(path):
         raise ModelError(f"{path} exists: choose another path, or remove it")
     described = {
         "unet": asdict(model.unet.config), "text": asdict(model.text.config), "schedule": model.schedule,

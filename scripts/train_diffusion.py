@@ -1,6 +1,10 @@
-"""Train a latent diffusion model on captioned images: the UNet and the text transformer together, the VAE frozen.
+"""Train a diffusion model on captioned images: the UNet and the text transformer together.
 
     python scripts/train_diffusion.py --data data/emoji/captioned --vae runs/vae --output runs/emoji
+    python scripts/train_diffusion.py --data data/emoji/captioned --size 32 --output runs/glide
+
+With an autoencoder, which stays as it is, a latent diffusion model of v; without one a GLIDE, of the pixels themselves,
+on the squared error of eps and the variational bound of its variance (Nichol & Dhariwal 2021, equation 16).
 
 First the text transformer learns alone, to tell from a caption roughly what the picture looks like. (Stable
 Diffusion's comes trained from CLIP. An untrained one learns next to nothing through a UNet that as yet ignores it: the
@@ -17,41 +21,39 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from _command import run
 from _runs import new_folder, resumed
 from _training import Trainer, run_steps
+from _untrained import glide_model, latent_model
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 import models
-from diffusion import Schedule
-from diffusion.objective import mse, target
-from models.latent import LatentModel
-from models.presets import family_of
-from models.text import ClipText, ClipTextConfig
-from models.tokenizer import ClipTokenizer
-from models.unet import UNet, UNetConfig
-from models.vae import VAE, VAEConfig
+from diffusion import Schedule, hybrid_loss, mse, target
+from models import GlideModel, LatentModel, Tokens
 from models.weights import write_safetensors
+
+Model = GlideModel | LatentModel
 
 
 @dataclass
 class Config:
     """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line. vae: the output of train_vae.py.
 
+    size: of the images, reduced to it by averaging; None as they are.
     text_steps: of the text transformer alone, with 64 captions each. caption_dropout: the probability of the empty
     prompt. dtype: of the networks; masters are float32.
     """
 
     data: Path
-    vae: Path
+    vae: Path | None = None
     output: Path = Path("runs/emoji")
+    size: int | None = None
     model_channels: int = 64
     channel_mult: tuple[int, ...] = (1, 2, 3)
     num_res_blocks: int = 1
@@ -73,8 +75,8 @@ class Config:
     resume: bool = False
 
 
-def read_captioned(folder: Path) -> tuple[Tensor, list[dict]]:
-    """Images (N, 3, H, W) in [-1, 1] as they lie in the folder, all of one size, and the rows of captions.jsonl."""
+def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[dict]]:
+    """Images (N, 3, H, W) in [-1, 1] of a folder, all of one size, and the rows of captions.jsonl."""
     file = folder / "captions.jsonl"
     if not file.is_file():
         raise models.ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
@@ -90,7 +92,24 @@ def read_captioned(folder: Path) -> tuple[Tensor, list[dict]]:
     pixels = [np.asarray(Image.open(folder / row["file"]).convert("RGB")) for row in rows]
     if len(sizes := {picture.shape[:2] for picture in pixels}) > 1:
         raise models.ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1, rows
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    return images if size is None else functional.adaptive_avg_pool2d(images, size), rows
+
+
+class Captions:
+    """The tokens of every caption of every image; each image has as many."""
+
+    def __init__(self, tokenizer: Any, captions: list[list[str]]) -> None:
+        several = [tokenizer.encode(of_one) for of_one in captions]
+        self.ids, self.mask = (torch.stack([getattr(t, key) for t in several]) for key in ("ids", "mask"))  # (N, c, L)
+        self.empty = tokenizer.encode([""])
+
+    def of(self, which: Tensor, g: torch.Generator, dropout: float = 0.0) -> Tokens:
+        """One caption each of the images `which` (B,), drawn at random, or the empty prompt with a probability."""
+        form = torch.randint(self.ids.shape[1], which.shape, generator=g)
+        dropped = torch.rand(len(which), 1, generator=g) < dropout
+        ids = torch.where(dropped, self.empty.ids, self.ids[which, form])                      # (B, L)
+        return Tokens(ids, torch.where(dropped, self.empty.mask, self.mask[which, form]), [""] * len(which))
 
 
 def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
@@ -101,63 +120,36 @@ def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
     write_safetensors(folder / "training_latents.safetensors", latents, {"rows": json.dumps(described)})
 
 
-def load_vae(folder: Path) -> VAE:
-    """The autoencoder that train_vae.py left in its output folder."""
-    described = json.loads((folder / "config.json").read_text())
-    vae = VAE(VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])}))
-    vae.load_state_dict(load_file(folder / "vae.safetensors"))
-    return vae.eval().requires_grad_(False)
-
-
-def build(config: Config, tokenizer: ClipTokenizer) -> LatentModel:
-    """The untrained model around a trained autoencoder."""
-    torch.manual_seed(config.seed)
-    vae = load_vae(config.vae)
-    latent = vae.config.latent_channels
-    unet = UNet(
-        UNetConfig(
-            latent, latent, config.model_channels, config.channel_mult, config.num_res_blocks,
-            config.attention_resolutions, None, config.head_channels, context_dim=config.text_width,
-        )
-    )  # fmt: skip
-    text = ClipText(
-        ClipTextConfig(
-            tokenizer.vocab_size, config.context_length, config.text_width, config.text_layers, config.text_heads,
-            4 * config.text_width,
-        )
-    )  # fmt: skip
-    torch.nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)     # as CLIP does; the default is 1
-    torch.nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
-    schedule = {"name": "scaled_linear", "steps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
-    return LatentModel(
-        family=family_of(text.config), unet=unet, vae=vae, text=text, tokenizer=tokenizer, schedule=schedule,
-        prediction="v_prediction", resolution=0, source=str(config.output),
-    )  # fmt: skip
-
-
-def teach_text(text: ClipText, ids: Tensor, latents: Tensor, config: Config) -> None:
-    """Train the text transformer on captions alone: its mean feature, through a linear head, tells the blurred latent.
+def teach_text(model: Model, captions: "Captions", latents: Tensor, config: Config) -> None:
+    """Train the text transformer on captions alone: its mean feature, through a linear head, tells the blurred x_0.
 
     The mean over all positions, because that is what a cross-attention sees that does not know yet where to look.
 
-    text: float32, trained in place. ids: (N, captions, L) tokens of each image's captions. latents: (N, C, h, w).
+    model: its text network, float32, is trained in place. latents: (N, C, h, w), of the images that have the captions.
     Interrupted, it continues from output/text.pt, and does nothing if that is complete.
     """
     blurred = functional.adaptive_avg_pool2d(latents, 8).flatten(1)                            # (N, 64 C)
-    head = nn.Linear(text.config.width, blurred.shape[1])
-    trainer = Trainer({"text": text.train(), "head": head}, 1e-3, config.text_steps, warmup=50, decay=0.99)
+    head = nn.Linear(model.width, blurred.shape[1])
+    trainer = Trainer({"text": model.text.train(), "head": head}, 1e-3, config.text_steps, warmup=50, decay=0.99)
     checkpoint = config.output / "text.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:
-        which = torch.randint(len(ids), (64,), generator=g)
-        caption = ids[which, torch.randint(ids.shape[1], (64,), generator=g)]                  # (64, L)
-        return (head(text(caption).context.mean(dim=1)) - blurred[which]).pow(2).mean()
+        which = torch.randint(len(latents), (64,), generator=g)
+        features = model.encode_text(captions.of(which, g))
+        return (head(features.context.mean(dim=1)) - blurred[which]).pow(2).mean()
 
     for _ in run_steps(trainer, checkpoint, loss, config, config.save_every):
         pass
     trainer.put(trainer.average)
+
+
+def objective(model: Model, schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """The loss of each sample (B,): on what the network predicts, and on its variance if it predicts one."""
+    if output.shape[1] > x0.shape[1]:
+        return sum(hybrid_loss(schedule, output, x0, t, noise))
+    return mse(output, target(schedule, model.prediction, x0, t, noise))
 
 
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:
@@ -166,7 +158,7 @@ def is_hidden_matrix(name: str, weight: Tensor) -> bool:
     return weight.ndim >= 2 and "embedding" not in name and not outermost
 
 
-def export(model: LatentModel, trainer: Trainer, folder: Path, dtype: torch.dtype) -> None:
+def export(model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype) -> None:
     """Write the model with averaged weights, in float16, and go on training where we were."""
     model.unet.float(), model.text.float()                           # the average is float32, and so rounded once
     trainer.put(trainer.average)
@@ -181,21 +173,16 @@ def main(config: Config) -> None:
         config = resumed(config.output, config)
     else:
         new_folder(config.output, "diffusion", "the same command and --resume")
-    images, rows = read_captioned(config.data)
-    captions = [row["captions"] for row in rows]
-    tokenizer = ClipTokenizer.train(
-        (c for several in captions for c in several), config.vocab_size, config.context_length
-    )
-    model = build(config, tokenizer)
-    model.resolution = images.shape[-1]
-    latent = model.x0_shape(*images.shape[2:])
+    images, rows = read_captioned(config.data, config.size)
+    build = glide_model if config.vae is None else latent_model
+    model = build(config, [caption for row in rows for caption in row["captions"]], images.shape[-1])
+    shape, schedule = model.x0_shape(*images.shape[2:]), Schedule(**model.schedule)
     moments = torch.cat([model.moments(batch) for batch in images.split(64)])
-    ids = torch.stack([tokenizer.encode(several).ids for several in captions])                 # (N, captions, L)
-    empty, schedule = tokenizer.encode([""]).ids, Schedule(**model.schedule)
+    captions = Captions(model.tokenizer, [row["captions"] for row in rows])
 
     checkpoint = config.output / "training.pt"
     if not checkpoint.exists():
-        teach_text(model.text, ids, moments.chunk(2, dim=1)[0], config)
+        teach_text(model, captions, moments[:, : shape[0]], config)
     dtype = getattr(torch, config.dtype)
     networks = {"unet": model.unet.to(dtype).train(), "text": model.text.to(dtype).train()}
     trainer = Trainer(networks, config.learning_rate, config.steps, 200, 0.9995, muon=is_hidden_matrix)
@@ -205,20 +192,21 @@ def main(config: Config) -> None:
     def loss(g: torch.Generator) -> Tensor:
         b = config.batch_size
         which = torch.randint(len(moments), (b,), generator=g)
-        caption = ids[which, torch.randint(ids.shape[1], (b,), generator=g)]
-        caption = torch.where(torch.rand(b, 1, generator=g) < config.caption_dropout, empty, caption)
-        noise = torch.randn(2, b, *latent, generator=g)
+        tokens = captions.of(which, g, config.caption_dropout)
+        noise = torch.randn(2, b, *shape, generator=g)
         x0 = model.draw_x0(moments[which], noise[0])
         t = ((torch.rand(b, generator=g) + torch.arange(b)) * (schedule.steps / b)).long()     # one time a stratum
         x_t = schedule.q_sample(x0, t, noise[1])
-        output = model.unet(x_t.to(dtype), t, model.text(caption).context)
-        return mse(output, target(schedule, model.prediction, x0, t, noise[1])).mean()
+        output = model.predict(x_t, t, model.encode_text(tokens))
+        return objective(model, schedule, output, x0, t, noise[1]).mean()
 
+    written = config.output / ("model.safetensors" if config.vae is None else "model")
     for step, _ in run_steps(trainer, checkpoint, loss, config, config.save_every):
         if step % config.save_every == 0 or step == config.steps:
-            export(model, trainer, config.output / "model", dtype)
-    save_training_set(config.output / "model", moments, rows)
-    print(f"wrote {config.output / 'model'}")
+            export(model, trainer, written, dtype)
+    if config.vae is not None:
+        save_training_set(written, moments, rows)
+    print(f"wrote {written}")
 
 
 if __name__ == "__main__":

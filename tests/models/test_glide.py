@@ -159,8 +159,8 @@ class TestFiles:
             assert all(torch.equal(theirs.state_dict()[name], t) for name, t in ours.state_dict().items())
         assert (again.schedule, again.resolution, again.inpaints) == (model.schedule, 16, inpaints)
         assert torch.equal(again.tokenizer.encode(["a large dog"]).ids, model.tokenizer.encode(["a large dog"]).ids)
-        with pytest.raises(ModelError, match="exists"):
-            models.save(model, tmp_path / "small.safetensors")
+        models.save(tiny_glide(1, inpaints=inpaints), tmp_path / "small.safetensors")            # replaced
+        assert not torch.equal(models.load(tmp_path / "small.safetensors").unet.out[2].weight, model.unet.out[2].weight)
         with pytest.raises(ModelError, match="ends in '.pt'"):
             models.save(model, tmp_path / "small.pt")
 
@@ -178,6 +178,13 @@ class TestFiles:
         save_file(tensors, tmp_path / "x.safetensors", {"oneword.glide": "{}"})
         with pytest.raises(ModelError, match="does not describe a GLIDE network"):
             models.load(tmp_path / "x.safetensors")
+
+    def test_another_s_file_is_not_replaced(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+        with pytest.raises(ModelError, match="exists"):
+            models.save(tiny_glide(), tmp_path / "x.safetensors")
 
     def test_a_file_that_lacks_a_tensor(self, tmp_path: Path) -> None:
         from safetensors import safe_open

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import models
+from diffusion import Schedule
+from models.text import ClipText
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -59,7 +61,7 @@ def vae(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def diffusion_config(data: Path, vae: Path, output: Path, **more: object) -> object:
+def diffusion_config(data: Path, vae: Path | None, output: Path, **more: object) -> object:
     shape = {"model_channels": 32, "channel_mult": (1, 1), "head_channels": 16, "text_width": 32, "text_layers": 1}
     shape |= {"text_heads": 2, "vocab_size": 560, "context_length": 16, "steps": 4, "batch_size": 2}
     shape |= {"text_steps": 1}
@@ -139,19 +141,46 @@ def test_an_interrupted_diffusion_model_resumes_bit_for_bit(
 def test_what_the_text_transformer_is_taught_tells_captions_apart(data: Path, vae: Path, tmp_path: Path) -> None:
     module = script("train_diffusion")
     images, rows = module.read_captioned(data)
-    tokenizer = module.ClipTokenizer.train((c for row in rows for c in row["captions"]), 560, 16)
     config = diffusion_config(data, vae, tmp_path / "run", text_steps=60)
-    model = module.build(config, tokenizer)
-    ids = torch.stack([tokenizer.encode(row["captions"]).ids for row in rows])
+    model = module.latent_model(config, [caption for row in rows for caption in row["captions"]], 16)
+    captions = module.Captions(model.tokenizer, [row["captions"] for row in rows])
+    first = model.tokenizer.encode([row["captions"][0] for row in rows])
 
     def between() -> float:
         """Variance of the mean feature over captions of different images."""
         with torch.no_grad():
-            return model.text(ids[:, 0]).context.mean(dim=1).var(dim=0).mean().item()
+            return model.encode_text(first).context.mean(dim=1).var(dim=0).mean().item()
 
     before = between()
-    module.teach_text(model.text, ids, model.moments(images).chunk(2, dim=1)[0], config)
+    module.teach_text(model, captions, model.moments(images)[:, :4], config)
     assert between() > 4 * before  # features of variance 1 that differed in a digit or two, of 16 tokens
+
+
+def test_a_glide_is_trained_and_resumed_bit_for_bit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, more = script("train_diffusion"), {"size": 8, "steps": 5}
+    module.main(diffusion_config(data, None, tmp_path / "whole", **more))
+    interrupted_at(module, 3, diffusion_config(data, None, tmp_path / "halves", **more), monkeypatch)
+    module.main(diffusion_config(data, None, tmp_path / "halves", **more, resume=True))
+    assert same(*(tmp_path / name / "model.safetensors" for name in ("whole", "halves")))
+    model = models.load(tmp_path / "whole" / "model.safetensors")
+    assert (model.family, model.resolution, model.unet.config.attention) == ("glide", 8, "joint")
+    features = model.encode_text(model.tokenizer.encode(["thing 1", ""]))
+    answer = model.predict(torch.ones(2, 3, 8, 8), torch.tensor([500, 500]), features)
+    assert answer[:, :3].abs().max() > 0          # the last layer started at zero: eps was trained
+    assert answer[:, 3:].abs().max() > 0          # and the variance
+
+
+def test_the_variance_is_trained_on_the_bound_and_eps_is_not() -> None:
+    module, schedule = script("train_diffusion"), Schedule("squaredcos_cap_v2")
+    output = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x0, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    t = torch.tensor([300, 700])
+    module.objective(None, schedule, output, x0, t, noise).sum().backward()
+    # the squared error alone, a mean over 48 numbers: what the bound adds to eps must be nothing at all
+    torch.testing.assert_close(output.grad[:, :3], 2 * (output[:, :3] - noise).detach() / 48, rtol=1e-6, atol=1e-9)
+    assert output.grad[:, 3:].abs().min() > 0
 
 
 def test_what_is_written_is_the_average_not_the_last_weights(data: Path, vae: Path, tmp_path: Path) -> None:
@@ -168,8 +197,10 @@ def test_captions_are_dropped_with_the_probability_that_was_set(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, seen = script("train_diffusion"), []
-    forward = module.ClipText.forward
-    monkeypatch.setattr(module.ClipText, "forward", lambda self, ids: (seen.append(ids), forward(self, ids))[1])
+    forward = ClipText.forward
+    monkeypatch.setattr(
+        ClipText, "forward", lambda self, ids, extra=None: (seen.append(ids), forward(self, ids, extra))[1]
+    )
     numbers = {"text_steps": 0, "steps": 20, "batch_size": 20, "caption_dropout": 0.3}
     module.main(diffusion_config(data, vae, tmp_path / "run", **numbers))
     empty = models.load(tmp_path / "run" / "model").tokenizer.encode([""]).ids
@@ -284,7 +315,7 @@ def test_fidelity_of_a_model_that_was_just_trained(data: Path, vae: Path, tmp_pa
     assert 0 <= found["top1"] <= found["top5"] <= 1
     training, names, captions = module.read_training_set(tmp_path / "run" / "model")
     images, rows = script("train_diffusion").read_captioned(data)
-    mean = script("train_diffusion").load_vae(vae).encode(images).chunk(2, dim=1)[0]
+    mean = script("_untrained").load_vae(vae).encode(images).chunk(2, dim=1)[0]
     # float16 keeps 11 bits of numbers of about one
     torch.testing.assert_close(training, mean, rtol=1e-3, atol=1e-3)
     assert names == [row["name"] for row in rows]

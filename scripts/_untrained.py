@@ -1,0 +1,74 @@
+"""Untrained models for train_diffusion.py: a latent diffusion model around an autoencoder, or a GLIDE of pixels."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from models import ClipTokenizer, GlideModel, LatentModel
+from models.glide_text import GlideText, GlideTextConfig
+from models.glide_tokenizer import GlideTokenizer
+from models.presets import GLIDE_BASE, SD_SCHEDULE, family_of
+from models.text import ClipText, ClipTextConfig
+from models.unet import UNet, UNetConfig
+from models.vae import VAE, VAEConfig
+
+
+def load_vae(folder: Path) -> VAE:
+    """The autoencoder that train_vae.py left in its output folder."""
+    described = json.loads((folder / "config.json").read_text())
+    vae = VAE(VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])}))
+    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    return vae.eval().requires_grad_(False)
+
+
+def latent_model(config: Any, captions: Iterable[str], size: int) -> LatentModel:
+    """Stable Diffusion in small, around a trained autoencoder; it predicts v. config: that of train_diffusion.py."""
+    tokenizer = ClipTokenizer.train(captions, config.vocab_size, config.context_length)
+    torch.manual_seed(config.seed)
+    vae = load_vae(config.vae)
+    latent = vae.config.latent_channels
+    unet = UNet(
+        UNetConfig(
+            latent, latent, config.model_channels, config.channel_mult, config.num_res_blocks,
+            config.attention_resolutions, None, config.head_channels, config.text_width,
+        )
+    )  # fmt: skip
+    text = ClipText(
+        ClipTextConfig(
+            tokenizer.vocab_size, config.context_length, config.text_width, config.text_layers, config.text_heads,
+            4 * config.text_width,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)     # as CLIP does; the default is 1
+    torch.nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
+    return LatentModel(
+        family=family_of(text.config), unet=unet, vae=vae, text=text, tokenizer=tokenizer, schedule=dict(SD_SCHEDULE),
+        prediction="v_prediction", resolution=size, source=str(config.output),
+    )  # fmt: skip
+
+
+def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
+    """GLIDE's base model in small; it predicts eps and the variance. config: that of train_diffusion.py."""
+    tokenizer = GlideTokenizer.train(captions, config.vocab_size, config.context_length)
+    torch.manual_seed(config.seed)
+    unet = UNet(
+        UNetConfig(
+            3, 6, config.model_channels, config.channel_mult, config.num_res_blocks, config.attention_resolutions, None,
+            config.head_channels, config.text_width, attention="joint", resblock_updown=True, scale_shift=True,
+        )
+    )  # fmt: skip
+    text = GlideText(
+        GlideTextConfig(
+            tokenizer.vocab_size, config.context_length, config.text_width, config.text_layers, config.text_heads,
+            4 * config.model_channels,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(text.token_embedding.weight, std=0.02)
+    return GlideModel(
+        unet, text, tokenizer, dict(GLIDE_BASE.schedule), size, enlarges=False, inpaints=False,
+        source=str(config.output),
+    )  # fmt: skip
