@@ -45,7 +45,7 @@ def build(name: str, dtype: torch.dtype) -> GlideModel:
         parameter.data.normal_(std=0.02)     # a new UNet is silent; this one should send gradients back
     return GlideModel(
         unet.eval().requires_grad_(False), text.eval().requires_grad_(False), GlideTokenizer.gpt2(), preset.schedule,
-        preset.resolution, preset.enlarges, preset.inpaints, f"random {name}",
+        preset.resolution, preset.factor, preset.inpaints, f"random {name}",
     )  # fmt: skip
 
 

@@ -23,9 +23,11 @@ class Model(Protocol):
     prediction: str
     resolution: int
     width: int
+    family: str
     device: torch.device
     sampling: Any    # the sampler, its steps, the guidance scale, the factor on the first noise
     pixels: bool     # x_0 is an image in [-1, 1], and is clipped as such
+    factor: int      # how many times it enlarges an image; 1 if it draws from noise alone
     upsampler: Any   # another model, or None
 
     def encode_text(self, tokens: Any, extra: Tensor | None = None) -> Any: ...

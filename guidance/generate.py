@@ -60,7 +60,8 @@ def generate(
                 says what image i gets.
     concepts    learned words that the prompts and the negatives may use. An upsampler has a text network of its own:
                 it reads the words that a concept was initialised with.
-    image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise.
+    image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise; for an upsampler by
+                itself, the small image that it enlarges.
     strength    with an image: above 0 and at most 1, the part of the steps that is taken.
     mask        (H, W) or (B, 1, H, W), with an image as large as the result: 1 where it stays, exactly, and 0 where
                 it is drawn anew. For inpainting models; strength has no part in it.
@@ -77,15 +78,12 @@ def generate(
     batches = inputs.batches(len(prompts), batch_size)
     if gradient is not None and len(batches) > 1:
         raise inputs.GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
-    levels, upsampler, kept = levels_of(model, sampler, steps), model.upsampler, None
-    if mask is not None:
-        kept = inputs.kept(model, image, mask, len(prompts))
-        image, (height, width) = None, (side // (upsampler.factor if upsampler else 1) for side in kept[0].shape[2:])
-    elif image is not None:
-        image = inputs.start(image, len(prompts), height, width)
-        (height, width), levels = image.shape[2:], from_strength(levels, strength)
-    shape = model.x0_shape(*(model.resolution if side is None else side for side in (height, width)))
-    streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model.width)
+    levels, upsampler = levels_of(model, sampler, steps), model.upsampler
+    image, kept, small, sides = inputs.pictures(model, image, mask, len(prompts), height, width)
+    if image is not None:
+        levels = from_strength(levels, strength)
+    shape = model.x0_shape(*sides)
+    streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
     chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, gradient)]
     if upsampler is not None:
         chains = [replace(chains[0], kept=inputs.reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]
@@ -93,7 +91,7 @@ def generate(
     images = []
     with _counted(progress, len(batches) * sum(map(len, chains))) as step_done:
         for part in batches:
-            drawn = None
+            drawn = None if small is None else small[part]
             for chain in chains:
                 drawn = chain.draw(part, streams[part], drawn, step_done)                      # (b, 3, H, W)
             images.append(drawn.float().cpu())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,55 @@ def start(image: Tensor, count: int, height: int | None, width: int | None) -> T
                 "out, or crop the image"
             )
     return image.float().expand(count, -1, -1, -1)
+
+
+class Pictures(NamedTuple):
+    """What a caller's image is to a model, (B, 3, ., .) each: where it starts; what stays of it, with the masks; what
+    is enlarged. sides: the height and width that the model draws.
+    """
+
+    start: Tensor | None
+    kept: tuple[Tensor, Tensor] | None
+    small: Tensor | None
+    sides: tuple[int, int]
+
+
+def pictures(
+    model: Any, image: Tensor | None, mask: Tensor | None, count: int, height: int | None, width: int | None
+) -> Pictures:
+    """The image and mask of `guidance.generate`, for `count` prompts."""
+    usual = tuple(model.resolution if side is None else side for side in (height, width))
+    if model.factor > 1:
+        return Pictures(None, None, enlarged(model, image, mask, count, usual), usual)
+    if mask is not None:
+        image, mask = kept(model, image, mask, count)
+        factor = model.upsampler.factor if model.upsampler else 1
+        return Pictures(None, (image, mask), None, tuple(side // factor for side in image.shape[2:]))
+    if image is not None:
+        image = start(image, count, height, width)
+        return Pictures(image, None, None, tuple(image.shape[2:]))
+    return Pictures(None, None, None, usual)
+
+
+def enlarged(
+    model: Any, image: Tensor | None, mask: Tensor | None, count: int, sides: tuple[int, int]
+) -> Tensor:
+    """The small images (B, 3, h, w) that an upsampler by itself makes images of these sides of."""
+    height, width = (side // model.factor for side in sides)
+    if image is None:
+        raise GuidanceError(
+            f"{model.source} is an upsampler: give it an image of {width}x{height} pixels, or make it the `upsampler` "
+            "of a base model"
+        )
+    if mask is not None:
+        raise GuidanceError("a mask is for a base model with its upsampler: make this one the `upsampler` of a base")
+    image = start(image, count, None, None)
+    if tuple(image.shape[2:]) != (height, width):
+        raise GuidanceError(
+            f"{model.source} makes {sides[1]}x{sides[0]} pixels of {width}x{height}; this image has "
+            f"{image.shape[3]}x{image.shape[2]}: reduce it, or ask for {model.factor} times its height and width"
+        )
+    return image
 
 
 def kept(model: Any, image: Tensor | None, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -108,13 +157,16 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def words(concepts: Sequence[Concept], width: int) -> tuple[dict[str, int], Tensor | None]:
+def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:
     """The placeholders with their numbers of vectors, and all vectors (n, D) in that order."""
     for concept in concepts:
-        if concept.vectors.ndim != 2 or concept.vectors.shape[1] != width:
+        family = getattr(concept, "metadata", {}).get("family")
+        fits = concept.vectors.ndim == 2 and concept.vectors.shape[1] == model.width
+        if not fits or family not in (None, model.family):
             raise GuidanceError(
-                f"the vectors of {concept.placeholder} are {tuple(concept.vectors.shape)}, but this "
-                f"model's text encoder reads (n, {width}): the word was learned with another model"
+                f"the vectors of {concept.placeholder} are {tuple(concept.vectors.shape)}, learned with "
+                f"{family or 'another model'}, but this model's text encoder, {model.family}, reads "
+                f"(n, {model.width}): use the family that the word was learned with"
             )
     vectors = [concept.vectors.float() for concept in concepts]
     placeholders = {concept.placeholder: len(concept.vectors) for concept in concepts}

@@ -20,6 +20,7 @@ from inversion.errors import InversionError
 from inversion.formats import read_embeddings, write_embedding
 
 FAMILY_OF_WIDTH = {512: "GLIDE", 768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+FAMILIES = {"glide": "GLIDE", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 
 
 @dataclass
@@ -72,12 +73,14 @@ class Concept:
         return cls(placeholder, vectors.detach().float().cpu(), metadata)
 
     @classmethod
-    def load(cls, path: str | Path, width: int | None = None, placeholder: str | None = None) -> "Concept":
+    def load(
+        cls, path: str | Path, width: int | None = None, placeholder: str | None = None, family: str | None = None
+    ) -> "Concept":
         """Read a file of any format in `formats`.
 
-        width: the D that the model needs, if known. placeholder: which word, where the file holds several;
-        otherwise what to call it instead of its own name. Raises InversionError, naming what was found and
-        what would do.
+        width, family: the model's, if it is known which one that is. placeholder: which word, where the file
+        holds several; otherwise what to call it instead of its own name. Raises InversionError, naming what was
+        found and what would do.
         """
         words, metadata = read_embeddings(Path(path))
         if len(words) > 1 and placeholder not in words:
@@ -88,16 +91,19 @@ class Concept:
         vectors = words[placeholder] if placeholder in words else next(iter(words.values()))
         concept = cls(placeholder or next(iter(words)), vectors, metadata)
         if width is not None:
-            concept.require_width(width, str(path))
+            concept.require_fit(width, family, str(path))
         return concept
 
-    def require_width(self, width: int, where: str = "") -> None:
-        """Raise InversionError, naming both widths and families, unless the vectors are `width` wide."""
-        found = self.vectors.shape[1]
-        if found == width:
+    def require_fit(self, width: int, family: str | None = None, where: str = "") -> None:
+        """Raise InversionError, naming both widths and families, unless the vectors are a model's.
+
+        width, family: the model's. Vectors that do not say which family they were learned with are judged by width.
+        """
+        found, theirs = self.vectors.shape[1], self.metadata.get("family")
+        if found == width and (theirs in (None, family) or family is None):
             return
-        theirs = self.metadata.get("family") or FAMILY_OF_WIDTH.get(found, "another model")
-        wanted = FAMILY_OF_WIDTH.get(width, "a model of another family")
+        theirs = FAMILIES.get(theirs, theirs) or FAMILY_OF_WIDTH.get(found, "another model")
+        wanted = FAMILIES.get(family, family) or FAMILY_OF_WIDTH.get(width, "a model of another family")
         raise InversionError(
             f"{self.placeholder}{f' in {where}' if where else ''} has vectors of width {found} (learned with "
             f"{theirs}), and this model needs {width} ({wanted}): use the family that it was learned with"

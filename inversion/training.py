@@ -74,7 +74,7 @@ class Training:
                 f"images must be floats in [-1, 1] with 3 channels; these are {images.dtype} {tuple(images.shape)}, "
                 f"from {images.min().item():g} to {images.max().item():g}"
             )
-        concept.require_width(model.width)
+        concept.require_fit(model.width, model.family)
         check_prompts(model.tokenizer, concept, templates)
         self.model, self.concept, self.templates, self.config = model, concept, templates, config
         self.schedule, self.shape = Schedule(**model.schedule), model.x0_shape(*images.shape[2:])

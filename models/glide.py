@@ -39,8 +39,11 @@ class GlideModel:
     """One of GLIDE's networks with its text transformer, and what is needed to use it.
 
     schedule: keyword arguments of diffusion.Schedule. resolution: side of the images that it was trained on.
-    enlarges: it draws from a small image as well. inpaints: it keeps a part of an image. source: where it is from.
-    upsampler: what enlarges this one's images, by `factor`, if anything does.
+    factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
+    inpaints: it keeps a part of an image. source: where it is from. upsampler: what enlarges this one's images, if
+    anything does.
+
+    Raises ModelError for parts that do not fit each other.
     """
 
     unet: UNet
@@ -48,35 +51,42 @@ class GlideModel:
     tokenizer: GlideTokenizer
     schedule: dict[str, Any]
     resolution: int
-    enlarges: bool
+    factor: int
     inpaints: bool
     source: str
-    family: str = "glide"
     prediction: str = "epsilon"
     upsampler: "GlideModel | None" = None
     pixels: ClassVar[bool] = True
-    factor: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         unet, text = self.unet.config, self.text.config
         pairs = {
             "the UNet's output channels and twice an image's": (unet.out_channels, 6),
             "the UNet's input channels and what stands in them": (
-                unet.in_channels, 3 + 3 * self.enlarges + 4 * self.inpaints,
+                unet.in_channels, 3 + 3 * (self.factor > 1) + 4 * self.inpaints,
             ),
             "the UNet's context and the text's width": (unet.context_dim, text.width),
             "the UNet's time embedding and the pooled text": (4 * unet.model_channels, text.pooled_dim),
             "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
             "the tokenizer's length and the text's": (self.tokenizer.length, text.length),
         }  # fmt: skip
+        if self.upsampler is not None:
+            pairs["the upsampler's resolution and what it should make of this model's"] = (
+                self.upsampler.resolution, self.upsampler.factor * self.resolution,
+            )  # fmt: skip
         for what, (first, second) in pairs.items():
             if first != second:
                 raise ModelError(f"{self.source}: {what} differ, {first} and {second}")
 
     @property
+    def family(self) -> str:
+        """ "glide", the embedded model's "emoji-glide", or "custom-glide": the text transformer's width tells."""
+        return {512: "glide", 160: "emoji-glide"}.get(self.width, "custom-glide")
+
+    @property
     def sampling(self) -> Sampling:
         """What suits it when images are drawn: the numbers of OpenAI's notebooks."""
-        return Sampling("ddim", "fast27", 1.0, noise=0.997) if self.enlarges else Sampling("ddpm", "100", 3.0)
+        return Sampling("ddim", "fast27", 1.0, noise=0.997) if self.factor > 1 else Sampling("ddpm", "100", 3.0)
 
     @property
     def width(self) -> int:
@@ -118,16 +128,24 @@ class GlideModel:
         x_t: (B, 3, H, W) at times t (B,). An inpainting network keeps nothing, see `given`. Raises ModelError for an
         upsampler, which has nothing to enlarge.
         """
-        if self.enlarges:
-            raise ModelError(f"{self.source} enlarges images: make it the `upsampler` of a base model to draw with")
+        if self.factor > 1:
+            raise ModelError(f"{self.source} enlarges images: `given` a small one it predicts, by itself it cannot")
         nothing = [x_t.new_zeros(len(x_t), 4, *x_t.shape[2:])] if self.inpaints else []
         return self._predict(torch.cat([x_t, *nothing], dim=1), t, features)
 
     def given(
         self, size: tuple[int, int], small: Tensor | None, image: Tensor | None, mask: Tensor | None
     ) -> "GivenImages":
-        """This model with images in its further input channels; the arguments are those of `beside`."""
+        """This model with images in its further input channels; the arguments are those of `beside`.
+
+        Raises ModelError for a small image that is not `factor` times smaller.
+        """
         small = None if small is None else ((small + 1) * 127.5).round() / 127.5 - 1           # as 8-bit pixels
+        if small is not None and tuple(self.factor * side for side in small.shape[2:]) != tuple(size):
+            raise ModelError(
+                f"{self.source} enlarges {self.factor} times: a small image of {small.shape[3]}x{small.shape[2]} "
+                f"pixels is not that of {size[1]}x{size[0]}"
+            )
         return GivenImages(self, torch.cat(beside(size, small, image, mask), dim=1))
 
     def _predict(self, channels: Tensor, t: Tensor, features: TextFeatures) -> Tensor:

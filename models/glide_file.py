@@ -7,7 +7,7 @@ sizes is written as .safetensors with its numbers and its merges in the metadata
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from models.unet import UNet, UNetConfig
 from models.weights import Part, fill, gather, on_meta, write_safetensors
 
 KEY = "oneword.glide"
+PARTS = ("base", "upsample")
 TELLING = {"padding_embedding", "transformer_proj.weight", "input_blocks.0.0.weight"}
 
 
@@ -43,11 +44,23 @@ def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device
         tokenizer = GlideTokenizer.gpt2(preset.text.length)
     model = GlideModel(
         unet=on_meta(lambda: UNet(preset.unet)), text=on_meta(lambda: GlideText(preset.text)), tokenizer=tokenizer,
-        schedule=dict(preset.schedule), resolution=preset.resolution, enlarges=preset.enlarges,
+        schedule=dict(preset.schedule), resolution=preset.resolution, factor=preset.factor,
         inpaints=preset.inpaints, source=str(path),
     )  # fmt: skip
     fill(_parts(model), weights, dtype, device)
     return model
+
+
+def cascade_files(folder: Path) -> list[Path]:
+    """The base model's file in a folder, and the upsampler's if there is one; none if the folder holds no GLIDE."""
+    found = [next((p for s in (".safetensors", ".pt") if (p := folder / (name + s)).is_file()), None) for name in PARTS]
+    return [path for path in found if path is not None] if found[0] else []
+
+
+def read_cascade(folder: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
+    """The base model of such a folder with its upsampler, if there is one; the arguments are those of `models.load`."""
+    base, *more = (read_glide(path, dtype, device) for path in cascade_files(folder))
+    return replace(base, source=str(folder), upsampler=more[0] if more else None)
 
 
 def write_glide(model: GlideModel, path: Path, dtype: torch.dtype | None) -> None:
@@ -61,7 +74,7 @@ def write_glide(model: GlideModel, path: Path, dtype: torch.dtype | None) -> Non
         raise ModelError(f"{path} exists: choose another path, or remove it")
     described = {
         "unet": asdict(model.unet.config), "text": asdict(model.text.config), "schedule": model.schedule,
-        "resolution": model.resolution, "enlarges": model.enlarges, "inpaints": model.inpaints,
+        "resolution": model.resolution, "factor": model.factor, "inpaints": model.inpaints,
         "merges": [" ".join(pair) for pair in model.tokenizer.merges],
     }  # fmt: skip
     tensors = {name: tensor for part in _parts(model) for name, tensor in gather(part, dtype).items()}

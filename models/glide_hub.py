@@ -7,6 +7,7 @@ that it should be.
 import os
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 
@@ -28,8 +29,7 @@ def load_cascade(name: str, dtype: torch.dtype | str | None, device: torch.devic
     Raises ModelError if a file is neither in the cache nor can be fetched, or is not what it should be.
     """
     base, upsampler = (_checked(fetch(part), dtype, device) for part in CASCADES[name])
-    base.upsampler, base.source = upsampler, name
-    return base
+    return replace(base, source=name, upsampler=upsampler)
 
 
 def cache() -> Path:

@@ -58,6 +58,7 @@ class LatentModel:
     resolution: int
     source: str
     pixels: ClassVar[bool] = False
+    factor: ClassVar[int] = 1
     upsampler: ClassVar[None] = None
     names: dict[str, str] = field(default_factory=dict)
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)

@@ -15,12 +15,12 @@ from models.errors import ModelError
 from models.files import open_tensors
 from models.folder import read_folder, write_folder
 from models.glide import GlideModel
-from models.glide_file import is_glide, read_glide, write_glide
+from models.glide_file import cascade_files, is_glide, read_cascade, read_glide, write_glide
 from models.glide_hub import CASCADES, load_cascade
 from models.latent import LatentModel
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 
-EMBEDDED = {"emoji": Path(__file__).parent / "data" / "emoji"}
+EMBEDDED = {name: Path(__file__).parent / "data" / name for name in ("emoji", "emoji-glide")}
 
 
 def load(
@@ -33,9 +33,10 @@ def load(
 ) -> LatentModel | GlideModel:
     """Load a model, frozen and ready to use.
 
-    source: the name "emoji"; "glide" or "glide-inpaint", fetched once from OpenAI; a folder in the diffusers
-    layout; a single .safetensors or .ckpt file as CompVis and Stability publish them; one of GLIDE's files,
-    base.pt for example; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+    source: the name "emoji" or "emoji-glide"; "glide" or "glide-inpaint", fetched once from OpenAI; a folder
+    in the diffusers layout, or of GLIDE's base and upsample (.safetensors or .pt); a single .safetensors or .ckpt
+    file as CompVis and Stability publish them; one of GLIDE's files, base.pt for example; or a hub id such as
+    "stable-diffusion-v1-5/stable-diffusion-v1-5".
     dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
     says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors.
@@ -46,13 +47,15 @@ def load(
     """
     device = _device(device)
     if source in EMBEDDED:
-        model = read_folder(EMBEDDED[source], dtype, device, prediction, variant)
-        model.family, model.source = source, source
+        model = load(EMBEDDED[source], dtype=dtype, device=device, prediction=prediction, variant=variant)
+        model.source = source
         return model
     if source in CASCADES:
         return load_cascade(source, dtype, device)
     path = Path(source)
     if path.is_dir():
+        if cascade_files(path):
+            return read_cascade(path, dtype, device)
         return read_folder(path, dtype, device, prediction, variant)
     if path.is_file() or path.suffix in SUFFIXES:
         if is_glide(open_tensors(path)):

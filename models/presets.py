@@ -72,7 +72,7 @@ class GlidePreset:
     text: GlideTextConfig
     schedule: dict[str, Any]
     resolution: int
-    enlarges: bool = False
+    factor: int = 1
     inpaints: bool = False
 
     def inpainting(self) -> "GlidePreset":
@@ -91,7 +91,7 @@ GLIDE_UPSAMPLE = GlidePreset(
     GlideTextConfig(),
     {"name": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
     256,
-    enlarges=True,
+    factor=4,
 )
 GLIDE: dict[str, GlidePreset] = {
     "base": GLIDE_BASE,

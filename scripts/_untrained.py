@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from models import ClipTokenizer, GlideModel, LatentModel
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
-from models.presets import GLIDE_BASE, SD_SCHEDULE, family_of
+from models.presets import GLIDE_BASE, GLIDE_UPSAMPLE, SD_SCHEDULE, family_of
 from models.text import ClipText, ClipTextConfig
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
@@ -52,13 +52,14 @@ def latent_model(config: Any, captions: Iterable[str], size: int) -> LatentModel
 
 
 def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
-    """GLIDE's base model in small; it predicts eps and the variance. config: that of train_diffusion.py."""
+    """GLIDE in small, base or upsampler; it predicts eps and the variance. config: that of train_diffusion.py."""
     tokenizer = GlideTokenizer.train(captions, config.vocab_size, config.context_length)
     torch.manual_seed(config.seed)
     unet = UNet(
         UNetConfig(
-            3, 6, config.model_channels, config.channel_mult, config.num_res_blocks, config.attention_resolutions, None,
-            config.head_channels, config.text_width, attention="joint", resblock_updown=True, scale_shift=True,
+            3 + 3 * (config.factor > 1), 6, config.model_channels, config.channel_mult, config.num_res_blocks,
+            config.attention_resolutions, None, config.head_channels, config.text_width,
+            attention="joint", resblock_updown=True, scale_shift=True,
         )
     )  # fmt: skip
     text = GlideText(
@@ -68,7 +69,7 @@ def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
         )
     )  # fmt: skip
     torch.nn.init.normal_(text.token_embedding.weight, std=0.02)
+    like = GLIDE_BASE if config.factor == 1 else GLIDE_UPSAMPLE
     return GlideModel(
-        unet, text, tokenizer, dict(GLIDE_BASE.schedule), size, enlarges=False, inpaints=False,
-        source=str(config.output),
-    )  # fmt: skip
+        unet, text, tokenizer, dict(like.schedule), size, config.factor, inpaints=False, source=str(config.output)
+    )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import models
 from guidance import GuidanceError, generate
+from guidance.chain import Model
 from inversion.concept import Concept
 from inversion.images import read_images
 
@@ -48,7 +49,7 @@ class Config:
     concept: tuple[Path, ...] = ()
     """Files of learned words that the prompts use."""
     image: Path | None = None
-    """An image to start from, cropped to a square, instead of noise."""
+    """An image to start from, cropped to a square, instead of noise; with an upsampler, what it enlarges."""
     strength: float = 0.8
     """With --image, how much of the way to noise and back is gone: above 0, at most 1."""
     dtype: str | None = None
@@ -65,9 +66,9 @@ class Config:
     """Where the images go; None is a new folder, outputs/<time>-samples."""
 
 
-def read_concepts(files: tuple[Path, ...], width: int, texts: tuple[str, ...]) -> list[Concept]:
+def read_concepts(files: tuple[Path, ...], model: Model, texts: tuple[str, ...]) -> list[Concept]:
     """The learned words, each of which must stand in one of the texts. Warns of <words> that nobody learned."""
-    concepts = [Concept.load(file, width=width) for file in files]
+    concepts = [Concept.load(file, model.width, family=model.family) for file in files]
     known = {concept.placeholder for concept in concepts}
     for word in known:
         if not any(word in text for text in texts):
@@ -99,8 +100,8 @@ def draw(config: Config) -> Tensor:
         negative=config.negative, steps=config.steps, scale=config.scale, sampler=config.sampler,
         height=size, width=size, batch_size=config.batch_size, progress=True,
         generator=[config.seed + i for i in range(config.count)] * len(config.prompt),
-        concepts=read_concepts(config.concept, model.width, (*config.prompt, config.negative)),
-        image=read_images([config.image], size) if config.image else None,
+        concepts=read_concepts(config.concept, model, (*config.prompt, config.negative)),
+        image=read_images([config.image], size // model.factor) if config.image else None,
         strength=config.strength,
     )  # fmt: skip
 

@@ -2,9 +2,11 @@
 
     python scripts/train_diffusion.py --data data/emoji/captioned --vae runs/vae --output runs/emoji
     python scripts/train_diffusion.py --data data/emoji/captioned --size 32 --output runs/glide
+    python scripts/train_diffusion.py --data data/emoji/captioned --size 64 --factor 2 --output runs/upsampler
 
 With an autoencoder, which stays as it is, a latent diffusion model of v; without one a GLIDE, of the pixels themselves,
-on the squared error of eps and the variational bound of its variance (Nichol & Dhariwal 2021, equation 16).
+on the squared error of eps and the variational bound of its variance (Nichol & Dhariwal 2021, equation 16); with a
+factor the upsampler of a GLIDE, which is shown each image that many times smaller.
 
 First the text transformer learns alone, to tell from a caption roughly what the picture looks like. (Stable
 Diffusion's comes trained from CLIP. An untrained one learns next to nothing through a UNet that as yet ignores it: the
@@ -45,7 +47,7 @@ Model = GlideModel | LatentModel
 class Config:
     """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line. vae: the output of train_vae.py.
 
-    size: of the images, reduced to it by averaging; None as they are.
+    size: of the images, reduced to it by averaging; None as they are. factor: how many times an upsampler enlarges.
     text_steps: of the text transformer alone, with 64 captions each. caption_dropout: the probability of the empty
     prompt. dtype: of the networks; masters are float32.
     """
@@ -54,6 +56,7 @@ class Config:
     vae: Path | None = None
     output: Path = Path("runs/emoji")
     size: int | None = None
+    factor: int = 1
     model_channels: int = 64
     channel_mult: tuple[int, ...] = (1, 2, 3)
     num_res_blocks: int = 1
@@ -94,6 +97,18 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
         raise models.ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     return images if size is None else functional.adaptive_avg_pool2d(images, size), rows
+
+
+def reduced(images: Tensor, config: Config) -> Tensor | None:
+    """What an upsampler is shown of images (N, 3, H, W): their mean over squares of `factor` pixels; None without."""
+    if config.factor == 1:
+        return None
+    if config.vae is not None or config.factor < 1 or images.shape[-1] % config.factor:
+        raise models.ModelError(
+            f"an upsampler works on pixels, without --vae, and its --factor divides their {images.shape[-1]}: "
+            f"{config.factor} cannot be"
+        )
+    return functional.avg_pool2d(images, config.factor)
 
 
 class Captions:
@@ -174,6 +189,7 @@ def main(config: Config) -> None:
     else:
         new_folder(config.output, "diffusion", "the same command and --resume")
     images, rows = read_captioned(config.data, config.size)
+    small = reduced(images, config)
     build = glide_model if config.vae is None else latent_model
     model = build(config, [caption for row in rows for caption in row["captions"]], images.shape[-1])
     shape, schedule = model.x0_shape(*images.shape[2:]), Schedule(**model.schedule)
@@ -197,7 +213,8 @@ def main(config: Config) -> None:
         x0 = model.draw_x0(moments[which], noise[0])
         t = ((torch.rand(b, generator=g) + torch.arange(b)) * (schedule.steps / b)).long()     # one time a stratum
         x_t = schedule.q_sample(x0, t, noise[1])
-        output = model.predict(x_t, t, model.encode_text(tokens))
+        shown = model if small is None else model.given(shape[1:], small[which], None, None)
+        output = shown.predict(x_t, t, model.encode_text(tokens))
         return objective(model, schedule, output, x0, t, noise[1]).mean()
 
     written = config.output / ("model.safetensors" if config.vae is None else "model")

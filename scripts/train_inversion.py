@@ -141,7 +141,7 @@ def starting_concept(config: Config, model: models.LatentModel, at_least: int) -
         if vectors is None:
             vectors = max(at_least, len(model.tokenizer.tokens_of(config.init)))
         return Concept.from_text(model, config.token, config.init, vectors)
-    loaded = Concept.load(config.init, model.width)
+    loaded = Concept.load(config.init, model.width, family=model.family)
     if config.vectors not in (None, len(loaded.vectors)):
         raise InversionError(f"{config.init} holds {len(loaded.vectors)} vectors, not {config.vectors}")
     return Concept(config.token, loaded.vectors, {"init": config.init, "init_rule": "vectors of a file"})

@@ -53,21 +53,21 @@ def tiny_glide_tokenizer() -> GlideTokenizer:
     return GlideTokenizer.train(CAPTIONS * 10, vocab_size=340, length=24)
 
 
-def tiny_glide(seed: int = 0, enlarges: bool = False, inpaints: bool = False) -> GlideModel:
-    """A frozen GLIDE network, 16x16 pixels (an upsampler 64x64), its text 32 wide; the same seed, the same weights."""
+def tiny_glide(seed: int = 0, factor: int = 1, inpaints: bool = False) -> GlideModel:
+    """A frozen GLIDE network of 16x16 pixels, an upsampler of `factor` times as many; its text is 32 wide."""
     tokenizer = tiny_glide_tokenizer()
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         config = UNetConfig(
-            3 + 3 * enlarges + 4 * inpaints, 6, 32, (1, 2), 1, (2,), None, 16, 32, attention="joint",
+            3 + 3 * (factor > 1) + 4 * inpaints, 6, 32, (1, 2), 1, (2,), None, 16, 32, attention="joint",
             resblock_updown=True, scale_shift=True,
         )  # fmt: skip
         unet, text = UNet(config), GlideText(GlideTextConfig(tokenizer.vocab_size, tokenizer.length, 32, 2, 2, 128))
         for network in (unet, text):
             randomise(network)
-    schedule = {"name": "linear" if enlarges else "squaredcos_cap_v2", "steps": 1000}
+    schedule = {"name": "linear" if factor > 1 else "squaredcos_cap_v2", "steps": 1000}
     return GlideModel(
-        unet, text, tokenizer, schedule, 64 if enlarges else 16, enlarges, inpaints, f"tiny GLIDE:{seed}"
+        unet, text, tokenizer, schedule, 16 * factor, factor, inpaints, f"tiny GLIDE:{seed}"
     )
 
 

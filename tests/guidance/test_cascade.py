@@ -24,7 +24,7 @@ def test_the_base_draws_as_the_notebook_does() -> None:
     model = tiny_glide()
     times = [level.t for level in levels_of(model, "ddpm", "100")]
     assert (times[0], times[-2], times[-1], len(times)) == (999, 0, -1, 101)
-    assert len(levels_of(tiny_glide(enlarges=True), "ddim", "fast27")) == 28
+    assert len(levels_of(tiny_glide(factor=4), "ddim", "fast27")) == 28
     assert generate(model, "a dog", steps=3, generator=0).shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="is no spacing"):
         generate(model, "a dog", steps="many")
@@ -79,7 +79,7 @@ class Recorder:
 
 
 def test_an_upsampler_gets_the_drawing_and_plain_words() -> None:
-    base, upsampler = tiny_glide(), Recorder(tiny_glide(1, enlarges=True))
+    base, upsampler = tiny_glide(), Recorder(tiny_glide(1, factor=4))
     concept = Concept("<x>", torch.randn(2, 32), {"init": "white dog"})
     alone = generate(base, ["a photo of <x>", "a cat"], steps=2, concepts=[concept], generator=3)
     base.upsampler = upsampler
@@ -100,8 +100,33 @@ def test_an_upsampler_gets_the_drawing_and_plain_words() -> None:
     )
 
 
+def test_an_upsampler_by_itself_enlarges_an_image() -> None:
+    upsampler, small = Recorder(tiny_glide(1, factor=4)), picture(16)
+    drawn = generate(upsampler, ["a dog", "a cat"], image=small, generator=3)
+    assert drawn.shape == (2, 3, 64, 64)
+    assert upsampler.asked == ["a dog", "a cat"]                     # at scale 1 the empty prompt has no part
+    assert torch.equal(upsampler.small, small.expand(2, -1, -1, -1))
+    twice = [torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(3 + i)) for i in (0, 1)]
+    torch.testing.assert_close(upsampler.first, 0.997 * torch.stack(twice), rtol=0, atol=1e-6)
+    wide = generate(upsampler, "a dog", image=torch.zeros(3, 8, 16), height=32, width=64, steps=2, generator=0)
+    assert wide.shape == (1, 3, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "give it an image of 16x16 pixels"),
+        ({"image": picture(32)}, "makes 64x64 pixels of 16x16; this image has 32x32"),
+        ({"image": picture(16), "mask": torch.ones(16, 16)}, "a mask is for a base model"),
+    ],
+)
+def test_what_an_upsampler_by_itself_cannot_enlarge(options: dict, said: str) -> None:
+    with pytest.raises(GuidanceError, match=said):
+        generate(tiny_glide(factor=4), "a dog", **options)
+
+
 def test_the_upsampler_sees_eight_bits_of_the_drawing() -> None:
-    model, small = tiny_glide(enlarges=True), picture(16)[None]
+    model, small = tiny_glide(factor=4), picture(16)[None]
     rounded = (small * 127.5 + 127.5).round() / 127.5 - 1
     given = [model.given((64, 64), image, None, None).images for image in (small, rounded)]
     torch.testing.assert_close(*given, rtol=0, atol=1e-6)
@@ -121,7 +146,7 @@ def test_what_is_kept_is_kept_exactly(sampler: str) -> None:
 
 
 def test_a_cascade_keeps_exactly_too() -> None:
-    base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, enlarges=True, inpaints=True))
+    base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     image, mask = picture(64), torch.zeros(1, 1, 64, 64)
     mask[..., 5:, :30] = 1
     drawn = generate(base, "a dog", steps=2, image=image, mask=mask, generator=0)
@@ -158,7 +183,7 @@ def test_masks_that_cannot_be(options: dict, said: str) -> None:
 
 def test_a_mask_is_for_inpainting_models_only() -> None:
     for model in (
-        tiny_glide(), tiny_model(), replace(tiny_glide(inpaints=True), upsampler=tiny_glide(enlarges=True)),
+        tiny_glide(), tiny_model(), replace(tiny_glide(inpaints=True), upsampler=tiny_glide(factor=4)),
     ):
         with pytest.raises(GuidanceError, match="is for inpainting models"):
             generate(model, "a dog", image=picture(16), mask=torch.ones(16, 16), steps=2)

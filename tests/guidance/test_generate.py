@@ -43,6 +43,8 @@ class Model:
     device: torch.device = torch.device("cpu")
     sampling: Sampling = Sampling("ddim", 50, 7.5)
     pixels: bool = False
+    factor: int = 1
+    family: str = "exact"
     upsampler: None = None
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     asked: list[tuple[float, int]] = field(default_factory=list)

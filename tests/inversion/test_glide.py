@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Schedule
+from guidance import generate
 from inversion import Concept, InversionError, TrainConfig, train
 from inversion.objective import denoising_loss, random_batch
 from inversion.prompts import check_prompts
@@ -80,3 +81,16 @@ def test_a_word_may_fill_the_whole_context_and_no_more() -> None:
 def test_a_word_of_another_family_is_refused_by_its_width() -> None:
     with pytest.raises(InversionError, match=r"width 768 .*Stable Diffusion 1\.x"):
         train(tiny_glide(), Concept("<x>", torch.randn(1, 768)), images(), TEMPLATES)
+
+
+def test_a_word_of_another_family_and_the_same_width_is_refused_too(tmp_path: Path) -> None:
+    learned = Concept("<x>", torch.randn(1, 32), {"family": "emoji"})
+    learned.save(tmp_path / "x.safetensors")
+    for use in (
+        lambda: train(tiny_glide(), learned, images(), TEMPLATES),
+        lambda: Concept.load(tmp_path / "x.safetensors", 32, family="custom-glide"),
+        lambda: generate(tiny_glide(), "a <x>", concepts=[learned], steps=2),
+    ):
+        with pytest.raises(ValueError, match=r"emoji.*custom-glide"):
+            use()
+    Concept.load(tmp_path / "x.safetensors", 32)        # whose model is not known: the width alone decides

@@ -118,7 +118,7 @@ class TestModel:
         assert torch.equal(given.predict(x, t, features), model.predict(x, t, features))
 
     def test_what_stands_beside_is_repeated_for_a_doubled_batch(self) -> None:
-        model, t = tiny_glide(enlarges=True), torch.full((4,), 300)
+        model, t = tiny_glide(factor=4), torch.full((4,), 300)
         features = model.encode_text(model.tokenizer.encode(["a dog", "a cat"] * 2))
         small, x = torch.rand(2, 3, 16, 16) * 2 - 1, torch.ones(4, 3, 64, 64)
         out = model.given((64, 64), small, None, None).predict(x, t, features)
@@ -135,8 +135,14 @@ class TestModel:
         assert torch.equal(seen, mask)
         assert torch.equal(small, torch.full((1, 3, 4, 4), -0.25))
 
+    def test_a_small_image_of_another_size_is_refused(self) -> None:
+        with pytest.raises(ModelError, match="enlarges 4 times: a small image of 8x16 pixels is not that of 64x64"):
+            tiny_glide(factor=4).given((64, 64), torch.zeros(1, 3, 16, 8), None, None)
+
     def test_parts_that_do_not_fit_each_other(self) -> None:
         model = tiny_glide()
+        with pytest.raises(ModelError, match="upsampler's resolution .* 64 and 128"):
+            replace(model, upsampler=replace(tiny_glide(factor=4), factor=8))
         with pytest.raises(ModelError, match="input channels"):
             replace(model, inpaints=True)
         with pytest.raises(ModelError, match="vocabulary"):
@@ -163,6 +169,14 @@ class TestFiles:
         assert not torch.equal(models.load(tmp_path / "small.safetensors").unet.out[2].weight, model.unet.out[2].weight)
         with pytest.raises(ModelError, match="ends in '.pt'"):
             models.save(model, tmp_path / "small.pt")
+
+    def test_a_folder_of_base_and_upsampler_is_a_cascade(self, tmp_path: Path) -> None:
+        models.save(tiny_glide(), tmp_path / "base.safetensors")
+        assert models.load(tmp_path).upsampler is None
+        models.save(tiny_glide(1, factor=4), tmp_path / "upsample.safetensors")
+        model = models.load(tmp_path)
+        assert (model.source, model.factor, model.upsampler.factor) == (str(tmp_path), 1, 4)
+        assert torch.equal(model.upsampler.unet.out[2].weight, tiny_glide(1, factor=4).unet.out[2].weight)
 
     def test_a_bare_file_of_no_published_network(self, tmp_path: Path) -> None:
         model = tiny_glide()

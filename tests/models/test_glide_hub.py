@@ -51,13 +51,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Ser
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     monkeypatch.setattr(glide_hub, "ADDRESS", f"http://127.0.0.1:{serving.server_port}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, enlarges in (("base", False), ("upsample", True)):
-        model = tiny_glide(enlarges=enlarges)
+    for name, factor in (("base", 1), ("upsample", 4)):
+        model = tiny_glide(factor=factor)
         config = replace(model.text.config, vocab_size=50257, length=128)
         text = type(model.text)(config)
         torch.save(model.unet.state_dict() | text.state_dict(), tmp_path / f"{name}.pt")
         kind.files[f"{name}.pt"] = (tmp_path / f"{name}.pt").read_bytes()
-        preset = GlidePreset(model.unet.config, config, model.schedule, model.resolution, enlarges)
+        preset = GlidePreset(model.unet.config, config, model.schedule, model.resolution, factor)
         monkeypatch.setitem(GLIDE, name, preset)
     yield kind
     serving.shutdown()
@@ -70,7 +70,7 @@ def files(folder: Path) -> list[str]:
 
 def test_both_files_are_fetched_once(server: type[Server], tmp_path: Path) -> None:
     model = models.load("glide")
-    assert (model.family, model.source, model.resolution, model.upsampler.resolution) == ("glide", "glide", 16, 64)
+    assert (model.source, model.resolution, model.upsampler.resolution) == ("glide", 16, 64)
     assert files(tmp_path) == ["base.pt", "upsample.pt"]
     assert (tmp_path / "cache/oneword/glide/base.pt").read_bytes() == server.files["base.pt"]
     models.load("glide")

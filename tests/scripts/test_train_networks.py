@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import models
 from diffusion import Schedule
+from models import GlideModel
 from models.text import ClipText
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -165,11 +166,33 @@ def test_a_glide_is_trained_and_resumed_bit_for_bit(
     module.main(diffusion_config(data, None, tmp_path / "halves", **more, resume=True))
     assert same(*(tmp_path / name / "model.safetensors" for name in ("whole", "halves")))
     model = models.load(tmp_path / "whole" / "model.safetensors")
-    assert (model.family, model.resolution, model.unet.config.attention) == ("glide", 8, "joint")
+    assert (model.family, model.resolution, model.unet.config.attention) == ("custom-glide", 8, "joint")
     features = model.encode_text(model.tokenizer.encode(["thing 1", ""]))
     answer = model.predict(torch.ones(2, 3, 8, 8), torch.tensor([500, 500]), features)
     assert answer[:, :3].abs().max() > 0          # the last layer started at zero: eps was trained
     assert answer[:, 3:].abs().max() > 0          # and the variance
+
+
+def test_an_upsampler_is_shown_the_images_that_it_learns_to_draw_in_small(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, drawn, shown = script("train_diffusion"), [], []
+    given, draw_x0 = GlideModel.given, GlideModel.draw_x0
+    monkeypatch.setattr(GlideModel, "draw_x0", lambda self, *a: (drawn.append(draw_x0(self, *a)), drawn[-1])[1])
+    monkeypatch.setattr(GlideModel, "given", lambda self, *a: (shown.append(a[1]), given(self, *a))[1])
+    module.main(diffusion_config(data, None, tmp_path / "run", size=8, factor=2, steps=3))
+    assert len(shown) == 3
+    for x0, small in zip(drawn, shown):
+        squares = x0.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(3, 5))
+        torch.testing.assert_close(small, squares, rtol=0, atol=1e-6)      # means of four float32 numbers
+    model = models.load(tmp_path / "run" / "model.safetensors")
+    assert (model.factor, model.resolution, model.schedule["name"]) == (2, 8, "linear")
+
+
+@pytest.mark.parametrize("more", [{"factor": 3}, {"factor": 0}, {"factor": 2, "vae": Path("vae")}])
+def test_an_upsampler_that_cannot_be(data: Path, tmp_path: Path, more: dict) -> None:
+    with pytest.raises(models.ModelError, match="cannot be"):
+        script("train_diffusion").main(diffusion_config(data, more.pop("vae", None), tmp_path / "run", size=8, **more))
 
 
 def test_the_variance_is_trained_on_the_bound_and_eps_is_not() -> None:
