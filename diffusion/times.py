@@ -126,6 +126,8 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
     """
     if sampler not in SAMPLERS:
         raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+    if not isinstance(n, int):
+        raise DiffusionError(f"a sampler takes a whole number of steps, not {n!r}")
     steps = schedule.steps
     if schedule.zero_terminal_snr:
         return schedule.levels(trailing(steps, n))

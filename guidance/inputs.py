@@ -23,6 +23,8 @@ def prompts(
 ) -> tuple[list[str], list[str]]:
     """The prompts and as many negative ones."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise GuidanceError(f"prompts are texts; got {prompts!r}")
     negative = "" if negative is None else negative
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
@@ -36,6 +38,8 @@ def prompts(
 
 def start(image: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
     """The images to start from, one a prompt: (B, 3, H, W)."""
+    if not isinstance(image, Tensor):
+        raise GuidanceError(f"an image is a tensor (3, H, W), not a {type(image).__name__}")
     image = image[None] if image.ndim == 3 else image
     if image.ndim != 4 or image.shape[1] != 3 or len(image) not in (1, count):
         raise GuidanceError(
@@ -144,6 +148,8 @@ Randomness = int | Sequence[int] | torch.Generator | None
 
 def streams(generator: Randomness, count: int) -> list[torch.Generator]:
     """One generator an image, as `guidance.generate` says."""
+    if not isinstance(generator, int | Sequence | torch.Generator | None):
+        raise GuidanceError(f"a generator is a seed, a seed a prompt, or a torch.Generator, not {generator!r}")
     if isinstance(generator, int | Sequence):
         seeds = [generator + i for i in range(count)] if isinstance(generator, int) else list(generator)
         if len(seeds) != count:
@@ -159,6 +165,8 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
 
 def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:
     """The placeholders with their numbers of vectors, and all vectors (n, D) in that order."""
+    if hasattr(concepts, "placeholder"):
+        raise GuidanceError("concepts is a list of learned words: put this one in brackets")
     for concept in concepts:
         family = getattr(concept, "metadata", {}).get("family")
         fits = concept.vectors.ndim == 2 and concept.vectors.shape[1] == model.width

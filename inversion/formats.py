@@ -79,9 +79,9 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, str]]:
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # a foreign file may fail in any way at all
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise InversionError(
-            f"{path} cannot be read as plain tensors ({reason}): it is damaged, or no embedding file"
+            f"{path} cannot be read as plain tensors: it is damaged, no embedding file, or holds objects that would "
+            "have to be run, which nothing here does"
         ) from error
 
 

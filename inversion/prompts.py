@@ -122,11 +122,6 @@ def templates_for(files: Sequence[Path], templates: Sequence[str], placeholder: 
     return found
 
 
-def fill(templates: Sequence[Sequence[str]], word: str) -> list[list[str]]:
-    """Put a word, or any text, into every slot."""
-    return [[template.replace(SLOT, word) for template in several] for several in templates]
-
-
 def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence[str]]) -> None:
     """Raise InversionError unless the concept is a new word and arrives whole in every prompt.
 

@@ -77,6 +77,11 @@ def read_unet(file: Json, where: str) -> UNetConfig:
     )
 
 
+def read_sample_size(file: Json, where: str) -> int:
+    """The side of the latents that a UNet was trained on; Stable Diffusion 1.x's where it is not said."""
+    return int(file.get("sample_size") or 64)
+
+
 def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """The config.json of a UNet; sample_size: side of the latents that it was trained on.
 
@@ -173,6 +178,8 @@ def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
         "steps": file.get("num_train_timesteps", 1000),
         "zero_terminal_snr": file.get("rescale_betas_zero_snr", False),
     }
+    if schedule["name"] not in (*BETA_SCHEDULES, "squaredcos_cap_v2"):
+        raise ModelError(f"{where}: no schedule {schedule['name']!r} is known here")
     if schedule["name"] in BETA_SCHEDULES:  # the others have no use for the betas that diffusers writes all the same
         schedule |= {"beta_start": file.get("beta_start", 1e-4), "beta_end": file.get("beta_end", 0.02)}
     return schedule, file.get("prediction_type", "epsilon")

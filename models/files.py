@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not an index of shards: it needs a weight_map of file names") from error
     for shard in shards:
@@ -132,3 +133,14 @@ def _other_variants(folder: Path, stems: tuple[str, ...], variant: str | None) -
     found = {m[1] or m[2] for file in folder.glob("*") if (m := pattern.fullmatch(file.name))} - {variant}
     said = ["no variant" if other is None else f"variant={other!r}" for other in sorted(found, key=str)]
     return f"; it does hold {', '.join(said)}" if said else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of entries by name. Raises ModelError for a file that holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not entries by name")
+    return content

@@ -9,15 +9,16 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from models import configs, presets
 from models.errors import ModelError
-from models.files import find_weights
+from models.files import find_weights, read_json
 from models.latent import LatentModel
 from models.renaming import LAYOUTS
 from models.text import ClipText, ClipTextConfig
@@ -25,6 +26,8 @@ from models.tokenizer import ClipTokenizer
 from models.unet import UNet
 from models.vae import VAE
 from models.weights import Part, best_layout, fill, gather, on_meta, write_safetensors
+
+Config = TypeVar("Config")
 
 DIFFUSION_STEM = "diffusion_pytorch_model"
 STEMS = {"unet": (DIFFUSION_STEM,), "vae": (DIFFUSION_STEM,), "text_encoder": ("model", "pytorch_model")}
@@ -55,10 +58,8 @@ def read_folder(
         if (folder / other).exists():
             raise ModelError(f"{folder} has a {other}: it is not a Stable Diffusion 1.x or 2.x model")
     files = {part: folder / part / "config.json" for part in STEMS}
-    said = {part: _read_json(file) for part, file in files.items()}
-    unet = configs.read_unet(said["unet"], str(files["unet"]))
-    vae = configs.read_vae(said["vae"], str(files["vae"]))
-    text = configs.read_text(said["text_encoder"], str(files["text_encoder"]))
+    unet, vae = _understood(configs.read_unet, files["unet"]), _understood(configs.read_vae, files["vae"])
+    text = _understood(configs.read_text, files["text_encoder"])
     schedule, says = _schedule(folder / "scheduler" / "scheduler_config.json", text)
     model = LatentModel(
         family=presets.family_of(text),
@@ -68,7 +69,7 @@ def read_folder(
         tokenizer=_tokenizer(folder / "tokenizer", text),
         schedule=schedule,
         prediction=presets.known_prediction(prediction or says, str(folder)),
-        resolution=int(said["unet"].get("sample_size") or 64) * vae.factor,
+        resolution=_understood(configs.read_sample_size, files["unet"]) * vae.factor,
         source=str(folder),
     )
     for part, (role, network) in _networks(model).items():
@@ -113,7 +114,7 @@ def _networks(model: LatentModel) -> dict[str, tuple[str, nn.Module]]:
 
 def _schedule(file: Path, text: ClipTextConfig) -> tuple[dict[str, Any], str | None]:
     if file.is_file():
-        return configs.read_schedule(_read_json(file), str(file))
+        return _understood(configs.read_schedule, file)
     return dict(presets.SD_SCHEDULE), "epsilon" if presets.family_of(text) == "sd1" else None
 
 
@@ -129,9 +130,13 @@ def _is_ours(path: Path) -> bool:
 
 
 def _replace(path: Path, new: Path) -> None:
-    """Put a folder in the place of another; the old one is moved aside first and removed last."""
+    """Put a folder in the place of another, with what else lay there; the old one is moved aside and removed last."""
     old = _own_name(path, "old")
     if path.exists():
+        for other in path.iterdir():
+            if not (new / other.name).exists():
+                copy = shutil.copytree if other.is_dir() else shutil.copy2
+                copy(other, new / other.name)
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -142,13 +147,16 @@ def _own_name(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"there is no {path}: a model folder has a config in unet/, vae/ and text_encoder/")
+def _understood(read: Callable[[dict[str, Any], str], Config], file: Path) -> Config:
+    """What a JSON file says, read by a function of `configs`. Raises ModelError if a value is of no use to it."""
+    if not file.is_file():
+        raise ModelError(f"there is no {file}: a model folder has a config in unet/, vae/ and text_encoder/")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not readable JSON: {error}") from error
+        return read(read_json(file), str(file))
+    except ModelError:
+        raise
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"a setting in {file} has a value of a wrong kind ({error})") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

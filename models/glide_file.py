@@ -6,7 +6,6 @@ sizes is written as .safetensors with its numbers and its merges in the metadata
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from models.files import Weights, metadata
 from models.glide import GlideModel
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
+from models.kinds import GLIDE as GLIDE_KIND
+from models.kinds import STEM, kind_of
 from models.presets import GLIDE, GlidePreset
 from models.renaming import Layout
 from models.unet import UNet, UNetConfig
@@ -25,22 +26,18 @@ from models.weights import Part, fill, gather, on_meta, write_safetensors
 
 KEY = "oneword.glide"
 PARTS = ("base", "upsample")
-TELLING = {"padding_embedding", "transformer_proj.weight", "input_blocks.0.0.weight"}
-
-
-def is_glide(names: Iterable[str]) -> bool:
-    """Whether a file of these tensors is one of GLIDE's networks."""
-    return set(names) >= TELLING
 
 
 def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
     """Load a file; the arguments are those of `models.load`. Raises ModelError for all that does not fit."""
     weights = Weights((path,))
+    if (kind := kind_of(weights.open())) != GLIDE_KIND:
+        raise ModelError(f"{path} is {kind.words}, and one of GLIDE's networks is needed")
     said = metadata(path).get(KEY) if path.suffix == ".safetensors" else None
     if said:
         preset, tokenizer = _described(said, path)
     else:
-        preset = _published(tuple(weights.open()["input_blocks.0.0.weight"].shape), path)
+        preset = _published(tuple(weights.open()[STEM].shape), path)
         tokenizer = GlideTokenizer.gpt2(preset.text.length)
     model = GlideModel(
         unet=on_meta(lambda: UNet(preset.unet)), text=on_meta(lambda: GlideText(preset.text)), tokenizer=tokenizer,

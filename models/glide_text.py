@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import attend
-from models.text import TextFeatures, token_vectors
+from models.text import TextFeatures, require_heads, token_vectors
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class GlideTextConfig:
     layers: int = 16
     heads: int = 8
     pooled_dim: int = 768
+
+    def __post_init__(self) -> None:
+        require_heads(self.width, self.heads)
 
 
 class SelfAttention(nn.Module):

@@ -10,16 +10,12 @@ Source: Radford et al. 2019 (GPT-2), section 2.2; openai/glide-text2im @ 69b5307
 
 import gzip
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models.errors import ModelError
-from models.tokenizer import Tokens, placeholder_pattern
+from models.tokenizer import Tokens, expanded, fitted, padded
 from models.vocabulary import byte_characters, read_merges
 
 END = "<|endoftext|>"
@@ -81,26 +77,9 @@ class GlideTokenizer:
 
     def encode(self, texts: Sequence[str], placeholders: Mapping[str, int] | None = None) -> Tokens:
         """Prompts to ids at full length; arguments and cutting as in `ClipTokenizer.encode`."""
-        placeholders = dict(placeholders or {})
-        starts = accumulate(placeholders.values(), initial=self.vocab_size)
-        known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
-        pattern = placeholder_pattern(placeholders)
-        ids = torch.full((len(texts), self.length), self.end, dtype=torch.int64)               # (B, L)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)                                        # (B, L)
-        cut = []
-        for i, text in enumerate(texts):
-            parts = pattern.split(text) if pattern else [text]
-            row: list[int] = []
-            for part, following in zip(parts, [*parts[1:], ""]):
-                row += known.get(part) or self._ids(part.removesuffix(" ") if following in known else part)
-            left = [token for token in row[self.length :] if token < self.vocab_size]
-            cut.append(self.decode(left))
-            if len(row) > self.length:
-                too_long = f"a prompt of {len(row)} tokens is longer than the {self.length} that fit"
-                warnings.warn(f"{too_long}; cut off: {cut[-1]!r}", UserWarning, stacklevel=2)
-            row = row[: self.length]
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, dtype=torch.int64), True
-        return Tokens(ids, mask, cut)
+        rows = expanded(texts, dict(placeholders or {}), self.vocab_size, self._ids)
+        rows, cut = fitted(rows, self.room, lambda ids: self.decode([i for i in ids if i < self.vocab_size]))
+        return padded(rows, self.length, self.end, cut)
 
     def _ids(self, text: str) -> list[int]:
         return self._encoder.encode(text.lower(), add_special_tokens=False).ids

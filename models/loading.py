@@ -15,8 +15,9 @@ from models.errors import ModelError
 from models.files import open_tensors
 from models.folder import read_folder, write_folder
 from models.glide import GlideModel
-from models.glide_file import cascade_files, is_glide, read_cascade, read_glide, write_glide
+from models.glide_file import cascade_files, read_cascade, read_glide, write_glide
 from models.glide_hub import CASCADES, load_cascade
+from models.kinds import GLIDE, kind_of
 from models.latent import LatentModel
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 
@@ -25,9 +26,9 @@ EMBEDDED = {name: Path(__file__).parent / "data" / name for name in ("emoji", "e
 
 def load(
     source: str | Path,
-    *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    *,
     prediction: str | None = None,
     variant: str | None = None,
 ) -> LatentModel | GlideModel:
@@ -58,7 +59,7 @@ def load(
             return read_cascade(path, dtype, device)
         return read_folder(path, dtype, device, prediction, variant)
     if path.is_file() or path.suffix in SUFFIXES:
-        if is_glide(open_tensors(path)):
+        if kind_of(open_tensors(path)) == GLIDE:
             return read_glide(path, dtype, device)
         return read_single_file(path, dtype, device, prediction)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):

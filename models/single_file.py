@@ -15,6 +15,7 @@ from torch import Tensor
 from models import presets, shapes
 from models.errors import ModelError
 from models.files import Weights, metadata
+from models.kinds import STABLE_DIFFUSION, kind_of
 from models.latent import LatentModel
 from models.renaming import LAYOUTS
 from models.text import ClipText
@@ -34,8 +35,10 @@ def read_single_file(
     """Load a file; the arguments are those of `models.load`. Raises ModelError for all that does not fit."""
     weights = Weights((path,))
     found = {name: tuple(tensor.shape) for name, tensor in weights.open().items()}
-    if not any(name.startswith(shapes.UNET) for name in found):
-        raise ModelError(f"{path} is no Stable Diffusion checkpoint: no tensor is named {shapes.UNET}...")
+    if (kind := kind_of(found)) != STABLE_DIFFUSION:
+        raise ModelError(
+            f"{path} is no Stable Diffusion checkpoint, but {kind.words}: no tensor is named {shapes.UNET}..."
+        )
     if any(name.startswith("conditioner.") for name in found):
         raise ModelError(f"{path} is a Stable Diffusion XL checkpoint; 1.x and 2.x are supported")
     unet, vae = shapes.unet_config(found, str(path)), shapes.vae_config(found, str(path))

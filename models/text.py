@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend
+from models.errors import ModelError
 
 
 class TextFeatures(NamedTuple):
@@ -38,6 +39,15 @@ class ClipTextConfig:
     heads: int = 12
     mlp_width: int = 3072
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        require_heads(self.width, self.heads)
+
+
+def require_heads(width: int, heads: int) -> None:
+    """Raise ModelError unless a text transformer of this width can have so many heads."""
+    if heads < 1 or width % heads:
+        raise ModelError(f"a text transformer {width} wide cannot be divided among {heads} heads")
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ of from its table. So it cannot be split, it cannot corrupt a neighbour, and no 
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -125,23 +125,48 @@ class ClipTokenizer:
         word. What does not fit is cut before the end token, with a UserWarning that quotes it.
         """
         placeholders = dict(placeholders or {})
-        starts = accumulate(placeholders.values(), initial=self.vocab_size)
-        known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
-        pattern = placeholder_pattern(placeholders)
-        ids = torch.full((len(texts), self.length), self.pad, dtype=torch.int64)  # (B, L)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)  # (B, L)
-        cut = []
-        for i, text in enumerate(texts):
-            parts = pattern.split(text) if pattern else [text]
-            row = [token for part in parts for token in known.get(part) or self.tokens_of(part)]
-            cut.append(self.decode(row[self.room :], placeholders))
-            if len(row) > self.room:
-                too_long = f"a prompt of {len(row)} tokens is longer than the {self.room} that fit"
-                warnings.warn(f"{too_long}; cut off: {cut[-1]!r}", UserWarning, stacklevel=2)
-            row = [self.begin, *row[: self.room], self.end]
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-        return Tokens(ids, mask, cut)
+        rows = expanded(texts, placeholders, self.vocab_size, self.tokens_of)
+        rows, cut = fitted(rows, self.room, lambda ids: self.decode(ids, placeholders))
+        return padded([[self.begin, *row, self.end] for row in rows], self.length, self.pad, cut)
+
+
+def expanded(
+    texts: Sequence[str], placeholders: Mapping[str, int], vocab_size: int, ids_of: Callable[[str], list[int]]
+) -> list[list[int]]:
+    """The ids of texts: what stands between placeholders by `ids_of`, each placeholder as its own, from vocab_size on.
+
+    A space before a placeholder is not handed to `ids_of`: it would be one before nothing.
+    """
+    starts = accumulate(placeholders.values(), initial=vocab_size)
+    known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
+    pattern = placeholder_pattern(placeholders)
+    rows = []
+    for text in texts:
+        parts = pattern.split(text) if pattern else [text]
+        followed = [part.removesuffix(" ") if after in known else part for part, after in zip(parts, [*parts[1:], ""])]
+        rows.append([token for part in followed for token in known.get(part) or ids_of(part)])
+    return rows
+
+
+def fitted(
+    rows: list[list[int]], room: int, text_of: Callable[[list[int]], str]
+) -> tuple[list[list[int]], list[str]]:
+    """Rows of at most `room` ids, and for each the text that was cut off, with a UserWarning that quotes it."""
+    cut = [text_of(row[room:]) for row in rows]
+    for row, lost in zip(rows, cut):
+        if len(row) > room:
+            too_long = f"a prompt of {len(row)} tokens is longer than the {room} that fit"
+            warnings.warn(f"{too_long}; cut off: {lost!r}", UserWarning, stacklevel=3)
+    return [row[:room] for row in rows], cut
+
+
+def padded(rows: list[list[int]], length: int, pad: int, cut: list[str]) -> Tokens:
+    """Rows at full length, with their mask."""
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)                              # (B, L)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)                                            # (B, L)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, dtype=torch.int64), True
+    return Tokens(ids, mask, cut)
 
 
 def placeholder_pattern(placeholders: Mapping[str, int]) -> re.Pattern[str] | None:

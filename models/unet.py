@@ -23,6 +23,8 @@ from models.attention import JointAttention, SpatialTransformer
 from models.errors import ModelError
 from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
 
+NORM_GROUPS = 32
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -55,6 +57,11 @@ class UNetConfig:
                 f"a UNet takes either num_heads or head_channels, not both or neither: got num_heads="
                 f"{self.num_heads}, head_channels={self.head_channels}"
             )
+        for channels in (self.model_channels * mult for mult in self.channel_mult):
+            of = {"num_heads": self.num_heads, "head_channels": self.head_channels, "groups of a norm": NORM_GROUPS}
+            for what, divisor in of.items():
+                if divisor is not None and (divisor < 1 or channels % divisor):
+                    raise ModelError(f"a level of a UNet has {channels} channels, no multiple of {divisor} ({what})")
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a level of that many channels."""
@@ -79,10 +86,10 @@ class ResBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
+        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
+            nn.GroupNorm(NORM_GROUPS, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -153,7 +160,7 @@ class UNet(nn.Module):
                     stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(
-            nn.GroupNorm(32, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
+            nn.GroupNorm(NORM_GROUPS, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
         )
 
     def _block(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:

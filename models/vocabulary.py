@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ModelError
+from models.files import read_json
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 CLIP_MERGES = Path(__file__).parent / "data" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
@@ -81,10 +82,10 @@ def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
     ModelError naming what is missing.
     """
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokens = _read_json(folder / "vocab.json")
+        tokens = read_json(folder / "vocab.json")
         merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
     elif (folder / "tokenizer.json").is_file():
-        model = _read_json(folder / "tokenizer.json").get("model", {})
+        model = read_json(folder / "tokenizer.json").get("model", {})
         tokens, merges = model.get("vocab", {}), [_pair(merge) for merge in model.get("merges", [])]
     else:
         raise ModelError(
@@ -93,7 +94,7 @@ def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            settings |= _read_json(folder / name)
+            settings |= read_json(folder / name)
     return Vocabulary(tokens, merges), settings
 
 
@@ -115,9 +116,12 @@ def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    merges = models.BPE(
-        vocab=vocabulary.tokens, merges=vocabulary.merges, end_of_word_suffix=WORD_END, unk_token=END
-    )
+    try:
+        merges = models.BPE(
+            vocab=vocabulary.tokens, merges=vocabulary.merges, end_of_word_suffix=WORD_END, unk_token=END
+        )
+    except Exception as error:  # what the library raises has no type of its own
+        raise ModelError(f"the vocabulary and its merges do not fit each other ({error})") from error
     clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     words = pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True)
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -146,13 +150,6 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     if len(pair) != 2:
         raise ModelError(f"a merge joins two tokens; found {merge!r}")
     return pair[0], pair[1]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not readable JSON: {error}") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

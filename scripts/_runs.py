@@ -34,8 +34,7 @@ def new_folder(output: Path | None, name: str, resume: str = "") -> Path:
 
 def save_flags(folder: Path, config: Any) -> None:
     """Note the flags of a run, a dataclass, in its folder."""
-    flags = dataclasses.asdict(config)
-    write_json(folder / FLAGS, {k: v.absolute() if isinstance(v, Path) else v for k, v in flags.items()})
+    write_json(folder / FLAGS, {key: _from_anywhere(value) for key, value in dataclasses.asdict(config).items()})
 
 
 def resumed(folder: Path, config: Any) -> Any:
@@ -56,11 +55,17 @@ def resumed(folder: Path, config: Any) -> Any:
         given = getattr(config, field.name)
         if field.name == "resume" or given == field.default:
             continue
-        if (given.absolute() if isinstance(given, Path) else given) != saved.get(field.name):
+        if _from_anywhere(given) != saved.get(field.name):
             raise InversionError(
                 f"the run in {folder} has {field.name} {saved.get(field.name)}, not {given}: leave it out"
             )
     return type(config)(**saved)
+
+
+def word_and_file(text: str) -> tuple[str | None, Path]:
+    """What names a learned word on the command line: FILE, or WORD=FILE to choose among several or to rename one."""
+    word, equals, file = text.partition("=")
+    return (word, Path(file)) if equals and not Path(text).exists() else (None, Path(text))
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -69,6 +74,13 @@ def write_json(file: Path, content: Any) -> None:
     beside = file.with_name(file.name + ".part")
     beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(beside, file)
+
+
+def _from_anywhere(value: Any) -> Any:
+    """A flag that means the same in every working folder: a path, or text that names one that is there, is absolute."""
+    if isinstance(value, str) and os.sep in value and Path(value).exists():
+        return str(Path(value).absolute())
+    return value.absolute() if isinstance(value, Path) else value
 
 
 def _as(hint: Any, value: Any) -> Any:

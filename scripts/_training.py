@@ -103,6 +103,19 @@ class Trainer:
         self.put(self.master)
 
 
+def require_sense(config: Any) -> None:
+    """Raise ModelError for flags of a training that no training can have; config: a script's flags."""
+    least = {"steps": 1, "batch_size": 1, "text_steps": 0, "save_every": 1, "size": 1, "seed": 0, "vocab_size": 1}
+    for name, minimum in least.items():
+        value = getattr(config, name, None)
+        if value is not None and value < minimum:
+            raise ModelError(f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
+    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
+        raise ModelError(f"--learning-rate must be a number above 0, not {config.learning_rate}")
+    if not 0 <= getattr(config, "caption_dropout", 0) <= 1:
+        raise ModelError(f"--caption-dropout is a probability, 0 to 1, not {config.caption_dropout}")
+
+
 def rate(step: int, steps: int, warmup: int) -> float:
     """The fraction of the learning rate at a step: up in a line, down in half a cosine."""
     if step < warmup:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from _command import run
-from _runs import new_folder
+from _runs import new_folder, word_and_file
 from PIL import Image
 from torch import Tensor
 
@@ -46,8 +46,8 @@ class Config:
     """ddpm, ddim, plms, euler, euler_ancestral, dpmpp_2m or dpmpp_2m_karras."""
     size: int | None = None
     """Side of the square images, in pixels; None is the model's own."""
-    concept: tuple[Path, ...] = ()
-    """Files of learned words that the prompts use."""
+    concept: tuple[str, ...] = ()
+    """Files of learned words that the prompts use; WORD=FILE gives one another name, or chooses among several."""
     image: Path | None = None
     """An image to start from, cropped to a square, instead of noise; with an upsampler, what it enlarges."""
     strength: float = 0.8
@@ -66,9 +66,13 @@ class Config:
     """Where the images go; None is a new folder, outputs/<time>-samples."""
 
 
-def read_concepts(files: tuple[Path, ...], model: Model, texts: tuple[str, ...]) -> list[Concept]:
+def read_concepts(files: tuple[str, ...], model: Model, texts: tuple[str, ...]) -> list[Concept]:
     """The learned words, each of which must stand in one of the texts. Warns of <words> that nobody learned."""
-    concepts = [Concept.load(file, model.width, family=model.family) for file in files]
+    named = [word_and_file(file) for file in files]
+    concepts = [Concept.load(file, model.width, word, model.family) for word, file in named]
+    for word in (concept.placeholder for concept in concepts if model.tokenizer.is_word(concept.placeholder)):
+        shadowed = f"the learned word {word} takes the place of the model's own {word!r}: rename it by '<{word}>=FILE'"
+        warnings.warn(shadowed, UserWarning, stacklevel=2)
     known = {concept.placeholder for concept in concepts}
     for word in known:
         if not any(word in text for text in texts):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from _command import run
 from _runs import new_folder, resumed
-from _training import Trainer, run_steps
+from _training import Trainer, require_sense, run_steps
 from _untrained import glide_model, latent_model
 from PIL import Image
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from torch.nn import functional
 
 import models
 from diffusion import Schedule, hybrid_loss, mse, target
-from models import GlideModel, LatentModel, Tokens
+from models import GlideModel, LatentModel, ModelError, Tokens
 from models.weights import write_safetensors
 
 Model = GlideModel | LatentModel
@@ -82,21 +82,29 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
     """Images (N, 3, H, W) in [-1, 1] of a folder, all of one size, and the rows of captions.jsonl."""
     file = folder / "captions.jsonl"
     if not file.is_file():
-        raise models.ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
+        raise ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         forms = {len(row["captions"]) for row in rows if row["file"] and row["name"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise models.ModelError(
+        raise ModelError(
             f'a line of {file} is not {{"file": "...", "name": "...", "captions": ["..."]}} ({error})'
         ) from error
     if len(forms) != 1 or not min(forms):
-        raise models.ModelError(f"{file}: every image needs equally many captions, at least one; found {sorted(forms)}")
-    pixels = [np.asarray(Image.open(folder / row["file"]).convert("RGB")) for row in rows]
+        raise ModelError(f"{file}: every image needs equally many captions, at least one; found {sorted(forms)}")
+    pixels = [read_picture(folder / row["file"]) for row in rows]
     if len(sizes := {picture.shape[:2] for picture in pixels}) > 1:
-        raise models.ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
+        raise ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     return images if size is None else functional.adaptive_avg_pool2d(images, size), rows
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """The pixels (H, W, 3) uint8 of an image. Raises ModelError if it cannot be read."""
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, and what its plugins raise
+        raise ModelError(f"{file} cannot be read as an image ({error}): mend it, or take out its line") from error
 
 
 def reduced(images: Tensor, config: Config) -> Tensor | None:
@@ -104,7 +112,7 @@ def reduced(images: Tensor, config: Config) -> Tensor | None:
     if config.factor == 1:
         return None
     if config.vae is not None or config.factor < 1 or images.shape[-1] % config.factor:
-        raise models.ModelError(
+        raise ModelError(
             f"an upsampler works on pixels, without --vae, and its --factor divides their {images.shape[-1]}: "
             f"{config.factor} cannot be"
         )
@@ -184,6 +192,7 @@ def export(model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype) -> 
 
 def main(config: Config) -> None:
     """Train, writing the averaged model to output/model at every save."""
+    require_sense(config)
     if config.resume:
         config = resumed(config.output, config)
     else:
@@ -219,8 +228,9 @@ def main(config: Config) -> None:
 
     written = config.output / ("model.safetensors" if config.vae is None else "model")
     for step, _ in run_steps(trainer, checkpoint, loss, config, config.save_every):
-        if step % config.save_every == 0 or step == config.steps:
+        if step % config.save_every == 0 and step < config.steps:
             export(model, trainer, written, dtype)
+    export(model, trainer, written, dtype)
     if config.vae is not None:
         save_training_set(written, moments, rows)
     print(f"wrote {written}")

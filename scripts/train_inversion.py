@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from _command import run
-from _runs import new_folder, resumed, save_flags, write_json
+from _runs import new_folder, resumed, save_flags, word_and_file, write_json
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ class Config:
     token: str = "<poodle>"
     """The new word."""
     init: str = "dog"
-    """A word or phrase to start from, or the file of a concept."""
+    """A word or phrase to start from, or the file of a concept; WORD=FILE if it holds several."""
     vectors: int | None = None
     """How many vectors the word has; None takes one a token of --init, with emoji at least four."""
     name: str | None = None
@@ -53,6 +54,12 @@ class Config:
     accumulation: int | None = None
     """Batches whose gradients make one step."""
     learning_rate: float | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate, after the warm-up."""
+    warmup: int = 0
+    """Steps in which the learning rate rises."""
+    patience: int | None = None
+    """Stop after so many validations, of which there are twelve, without progress; None goes to the end."""
     resolution: int | None = None
     """Side of the square images, in pixels; None is the model's own."""
     flip: bool = False
@@ -88,8 +95,19 @@ class Recipe:
     vectors: int
     """At least; a phrase of more tokens takes one for each."""
 
+    def settings(self, seed: int, **chosen: Any) -> TrainConfig:
+        """How to train. chosen: fields of a TrainConfig, where they are not None, over what suits the family."""
+        names = ("steps", "batch_size", "accumulation", "learning_rate", "validation_pairs")
+        numbers = {key: getattr(self, key) for key in names}
+        numbers |= {key: value for key, value in chosen.items() if value is not None}
+        return TrainConfig(**numbers, validate_every=max(1, numbers["steps"] // 12), seed=seed)
 
-RECIPES = {"emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4)}
+
+RECIPES = {
+    "emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4),
+    "emoji-glide": Recipe(400, 16, 1, 1e-2, 32, "emoji", "an emoji of {}", 4),
+    "glide": Recipe(3000, 4, 1, 5e-3, 8, "object", "a photo of {}", 1),
+}
 PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 1)
 
 
@@ -108,10 +126,8 @@ def main(config: Config) -> None:
     prompts = inversion.templates_for(files, templates, config.token)
     inversion.check_prompts(model.tokenizer, start, prompts)
 
-    chosen = {key: getattr(config, key) for key in ("steps", "batch_size", "accumulation", "learning_rate")}
-    numbers = {key: getattr(recipe, key) if value is None else value for key, value in chosen.items()}
-    numbers |= {"validation_pairs": recipe.validation_pairs, "validate_every": max(1, numbers["steps"] // 12)}
-    settings = TrainConfig(**numbers, seed=config.seed)
+    names = ("steps", "batch_size", "accumulation", "learning_rate", "schedule", "warmup", "patience")
+    settings = recipe.settings(config.seed, **{name: getattr(config, name) for name in names})
     name, file = plain_name(config), output / f"{slug(config)}.safetensors"
     seen, prompts = (torch.cat([images, images.flip(-1)]), prompts * 2) if config.flip else (images, prompts)
     save_flags(output, config)
@@ -136,12 +152,13 @@ def load(config: Config) -> models.LatentModel:
 
 def starting_concept(config: Config, model: models.LatentModel, at_least: int) -> Concept:
     """From a concept's file if --init names one, else from the vectors of its words."""
-    if Path(config.init).suffix not in (".safetensors", ".pt", ".bin"):
+    word, file = word_and_file(config.init)
+    if file.suffix not in (".safetensors", ".pt", ".bin"):
         vectors = config.vectors
         if vectors is None:
             vectors = max(at_least, len(model.tokenizer.tokens_of(config.init)))
         return Concept.from_text(model, config.token, config.init, vectors)
-    loaded = Concept.load(config.init, model.width, family=model.family)
+    loaded = Concept.load(file, model.width, word, model.family)
     if config.vectors not in (None, len(loaded.vectors)):
         raise InversionError(f"{config.init} holds {len(loaded.vectors)} vectors, not {config.vectors}")
     return Concept(config.token, loaded.vectors, {"init": config.init, "init_rule": "vectors of a file"})
@@ -161,6 +178,7 @@ def slug(config: Config) -> str:
 def progress(token: str, steps: int, output: Path) -> Iterator[Callable[[StepReport], None]]:
     """A bar with the loss; after Ctrl-C, how to go on."""
     with tqdm(total=steps, desc=f"learning {token}", unit="step") as bar:
+        bar.set_postfix_str("first the images are encoded and the start is measured")
 
         def on_step(step: StepReport) -> None:
             bar.initial = bar.initial if bar.n else step.step - 1     # a resumed run starts in the middle

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from _command import run
 from _runs import new_folder, resumed, write_json
-from _training import Trainer, generator, run_steps
+from _training import Trainer, generator, require_sense, run_steps
 from torch import Tensor
 
 from inversion.images import read_folder
@@ -89,6 +89,7 @@ def standardise(vae: VAE, images: Tensor) -> None:
 
 def main(config: Config) -> None:
     """Train, then write vae.safetensors and its config.json into the output folder."""
+    require_sense(config)
     if config.resume:
         config = resumed(config.output, config)
     else:

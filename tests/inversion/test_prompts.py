@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from inversion import TEMPLATES, Concept, InversionError, check_prompts, read_templates, templates_for
-from inversion.prompts import fill, unique_prompts
+from inversion.prompts import unique_prompts
 from models import ClipTokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -69,10 +69,6 @@ def test_a_caption_without_the_word_is_refused(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("a dog on her pillow")
     with pytest.raises(InversionError, match=r"1\.txt does not contain <frida>.*no effect"):
         templates_for([tmp_path / "1.jpg"], ["{}"], "<frida>")
-
-
-def test_fill_puts_the_word_into_every_slot() -> None:
-    assert fill([["{} and {}"], ["a {}"]], "<x>") == [["<x> and <x>"], ["a <x>"]]
 
 
 def test_what_fits_exactly_passes_and_one_more_does_not(tokenizer: ClipTokenizer) -> None:

@@ -512,10 +512,17 @@ def test_the_concept_is_checked_against_the_templates() -> None:
 # --- what is told
 
 
+def test_the_caption_s_loss_is_that_of_the_plain_words() -> None:
+    """A word that starts as a copy of "cat" has, before it learns, the loss of "cat" as plain words."""
+    as_words = learn(tiny_model(), name="cat").metrics["validation_loss_caption"]
+    as_vectors = learn(tiny_model(), init="cat").metrics["validation_loss_initial"]
+    assert as_words == pytest.approx(as_vectors, rel=1e-6)              # float32 sums of the same numbers
+    assert as_words != pytest.approx(learn(tiny_model()).metrics["validation_loss_initial"], rel=1e-4)
+
+
 def test_metrics_and_history() -> None:
     result = learn(Sum(), name="a white dog")
     metrics = result.metrics
-    assert metrics["validation_loss_caption"] > 0
     assert (metrics["steps"], metrics["skipped_steps"]) == (12, 0)
     assert metrics["seconds"] > 0
     assert metrics["peak_memory_bytes"] > 50e6  # torch alone is more

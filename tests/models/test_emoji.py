@@ -1,14 +1,19 @@
 """The model that ships: what it was trained on, that it fits, and that its words mean what they say."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import inversion
 import models
 from diffusion import Schedule
+from guidance import generate
+from inversion import Concept, StepReport, TrainConfig, find_images, read_images, read_templates, train
 from models import LatentModel
 from models.loading import EMBEDDED
 
@@ -68,3 +73,30 @@ def test_its_words_tell_its_pictures(
             for texts in (own, own[1:] + own[:1])
         )
     assert right < 0.6 * wrong  # words that say nothing give 1; what a half-trained model had after 500 steps was 0.8
+
+
+def test_it_learns_a_word_that_it_never_met(tmp_path: Path) -> None:
+    """End to end: learn the poodle for a few steps, interrupted and resumed, and draw with the word."""
+    model, stop = models.load("emoji"), 10
+    files = find_images(Path(inversion.__file__).parent / "data" / "poodle")
+    images, templates = read_images(files, model.resolution), [read_templates("emoji")] * len(files)
+    start = Concept.from_text(model, "<poodle>", "dog", 4)
+    config = TrainConfig(20, 8, 1, 3e-2, validation_pairs=4, validate_every=10, checkpoint_every=10)
+    learn = partial(train, model, start, images, templates, config, keep_encoder=True)
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == stop:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "poodle.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        learn(file=file, on_step=interrupt)
+    resumed, whole = learn(file=file, resume=True), learn()
+    assert torch.equal(resumed.concept.vectors, whole.concept.vectors)
+    losses = resumed.metrics
+    assert losses["validation_loss_best"] < 0.95 * losses["validation_loss_initial"]    # 400 steps bring 25 %
+    learned = Concept.load(file, model.width, family=model.family)
+    drawn, before = (
+        generate(model, "an emoji of <poodle>", concepts=[word], steps=5, generator=0) for word in (learned, start)
+    )
+    assert (drawn - before).abs().mean() > 0.02                                         # five grey levels of 255

@@ -12,10 +12,12 @@ from torch import nn
 import models
 from models import GlideModel, ModelError
 from models.glide import beside
+from models.glide_file import read_glide
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
 from models.noisy_clip import NoisyClip, NoisyClipConfig
 from models.presets import GLIDE
+from models.single_file import read_single_file
 from models.unet import UNet
 from models.weights import on_meta
 from tests.tiny import tiny_glide, tiny_glide_tokenizer
@@ -177,6 +179,17 @@ class TestFiles:
         model = models.load(tmp_path)
         assert (model.source, model.factor, model.upsampler.factor) == (str(tmp_path), 1, 4)
         assert torch.equal(model.upsampler.unet.out[2].weight, tiny_glide(1, factor=4).unet.out[2].weight)
+
+    def test_a_file_of_another_kind_is_called_by_its_name(self, tmp_path: Path) -> None:
+        names = {"model.diffusion_model.out.2.weight": "a Stable Diffusion checkpoint", "x": "none of the kinds"}
+        names |= {"input_blocks.0.0.weight": "a classifier of guided-diffusion"}
+        for name, said in names.items():
+            torch.save({name: torch.ones(1)}, tmp_path / "base.pt")
+            with pytest.raises(ModelError, match=f"base.pt is {said}.*, and one of GLIDE's networks is needed"):
+                read_glide(tmp_path / "base.pt", None, torch.device("cpu"))
+        models.save(tiny_glide(), tmp_path / "small.safetensors")
+        with pytest.raises(ModelError, match="no Stable Diffusion checkpoint, but one of GLIDE's networks"):
+            read_single_file(tmp_path / "small.safetensors", None, torch.device("cpu"), None)
 
     def test_a_bare_file_of_no_published_network(self, tmp_path: Path) -> None:
         model = tiny_glide()

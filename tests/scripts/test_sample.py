@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import models
 from diffusion import DiffusionError
@@ -71,7 +72,7 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
     script.main(
         script.Config(
             PROMPTS[1:], str(folder / "model"), steps=2, seed=8, output=tmp_path / "again",
-            concept=(folder / "new.safetensors",), image=folder / "start.png",
+            concept=(str(folder / "new.safetensors"),), image=folder / "start.png",
         )
     )  # fmt: skip
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["00-a-picture-of-new-seed8.png"]
@@ -102,9 +103,21 @@ def test_refusals_leave_nothing(
 
 
 def test_a_word_that_nobody_learned_is_pointed_out(folder: Path, script: ModuleType) -> None:
+    concepts = (str(folder / "new.safetensors"),)
     with pytest.warns(UserWarning, match="<frida>: no --concept file has it"):
-        found = script.read_concepts((folder / "new.safetensors",), 32, ("a <new>", "a <frida> beside a <new>"))
+        found = script.read_concepts(concepts, tiny_model(), ("a <new>", "a <frida> beside a <new>"))
     assert [concept.placeholder for concept in found] == ["<new>"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        script.read_concepts((folder / "new.safetensors",), 32, ("a <new>", "1 < 2 and 3 > 2"))
+        script.read_concepts(concepts, tiny_model(), ("a <new>", "1 < 2 and 3 > 2"))
+
+
+def test_a_word_can_be_renamed_and_chosen_among_several(script: ModuleType, tmp_path: Path) -> None:
+    save_file({"<a>": torch.zeros(1, 32), "<b>": torch.ones(1, 32)}, tmp_path / "two.safetensors")
+    (chosen,) = script.read_concepts((f"<b>={tmp_path / 'two.safetensors'}",), tiny_model(), ("<b>",))
+    assert (chosen.placeholder, chosen.vectors.sum()) == ("<b>", 32)
+    Concept("dog", torch.zeros(1, 32)).save(tmp_path / "dog.safetensors")
+    with pytest.warns(UserWarning, match="takes the place of the model's own 'dog'"):
+        script.read_concepts((str(tmp_path / "dog.safetensors"),), tiny_model(), ("a dog",))
+    (renamed,) = script.read_concepts((f"<dog>={tmp_path / 'dog.safetensors'}",), tiny_model(), ("a <dog>",))
+    assert renamed.placeholder == "<dog>"

@@ -255,6 +255,15 @@ def test_what_cannot_be_resumed_is_refused(
     assert "2/2" not in bar
 
 
+def test_a_run_is_resumed_from_another_folder(
+    script: ModuleType, config: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    script.main(replace(config, model=f"{folder.name}/model", samples=0, steps=2))
+    monkeypatch.chdir(tmp_path)
+    script.main(script.Config(resume=config.output))
+
+
 def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_path: Path) -> None:
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     Concept("<old>", vectors).save(tmp_path / "old.safetensors")

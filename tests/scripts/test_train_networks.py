@@ -283,6 +283,48 @@ def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path)
         script("train_vae").main(vae_config(data, tmp_path / "vae", resume=True))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"learning_rate": -1.0}, "--learning-rate must be a number above 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"caption_dropout": 2.0}, "is a probability"),
+        ({"text_heads": 7}, "cannot be divided among 7 heads"),
+        ({"head_channels": 64}, "has 32 channels, no multiple of 64"),
+    ],
+)
+def test_flags_that_make_no_sense_leave_nothing(
+    data: Path, vae: Path, tmp_path: Path, flags: dict, said: str
+) -> None:
+    with pytest.raises(models.ModelError, match=said):
+        script("train_diffusion").main(diffusion_config(data, vae, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+    if not flags.keys() & {"caption_dropout", "text_heads", "head_channels"}:
+        with pytest.raises(models.ModelError, match=said):
+            script("train_vae").main(vae_config(data, tmp_path / "run", **flags))
+
+
+def test_a_finished_run_writes_its_model_again(data: Path, vae: Path, tmp_path: Path) -> None:
+    """The process may have ended between the last checkpoint and the model."""
+    config = diffusion_config(data, vae, tmp_path / "run")
+    script("train_diffusion").main(config)
+    file = tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, tmp_path / "kept.safetensors")
+    shutil.rmtree(tmp_path / "run" / "model")
+    script("train_diffusion").main(diffusion_config(data, vae, tmp_path / "run", resume=True))
+    assert same(file, tmp_path / "kept.safetensors")
+
+
+def test_a_picture_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    whole = (data / "art" / "3.png").read_bytes()
+    (tmp_path / "data" / "art" / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(models.ModelError, match=r"3\.png cannot be read as an image"):
+        script("train_diffusion").read_captioned(tmp_path / "data")
+
+
 def test_what_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the folder of a run"):
         script("train_vae").main(vae_config(data, tmp_path, resume=True))
