@@ -86,6 +86,31 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+def split(x: Tensor, heads: int, parts: int, heads_first: bool = True) -> Tensor:
+    """A projection (B, heads*parts*d, N) in `parts` tensors (B, N, heads*d), of the order in which it is stored."""
+    stored = "(h p d)" if heads_first else "(p h d)"
+    return rearrange(x, f"b {stored} n -> p b n (h d)", h=heads, p=parts)
+
+
+class ImageAttention(nn.Module):
+    """Positions look at each other, added to the feature map.
+
+    heads_first: the projection is stored head by head, query, key and value of each; otherwise all queries first, then
+    all keys. The files of openai/guided-diffusion @ 22e0df8, unet.py, have either ("new attention order": the latter).
+    """
+
+    def __init__(self, channels: int, heads: int, heads_first: bool) -> None:
+        super().__init__()
+        self.heads, self.heads_first = heads, heads_first
+        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
+        q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3, self.heads_first)    # (B, h*w, C) each
+        return x + self.proj_out(attend(q, k, v, self.heads).transpose(1, 2)).view_as(x)
+
+
 class JointAttention(nn.Module):
     """Positions look at the text and at each other in one softmax, added to the feature map.
 
@@ -102,13 +127,10 @@ class JointAttention(nn.Module):
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        q, k, v = self._split(self.qkv(self.norm(x).flatten(2)), 3)                 # (B, h*w, C) each
-        text_k, text_v = self._split(self.encoder_kv(cond.context.transpose(1, 2)), 2)         # (B, L, C) each
+        q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3)           # (B, h*w, C) each
+        text_k, text_v = split(self.encoder_kv(cond.context.transpose(1, 2)), self.heads, 2)   # (B, L, C) each
         out = attend(q, torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1), self.heads)
         return x + self.proj_out(out.transpose(1, 2)).view_as(x)
-
-    def _split(self, x: Tensor, parts: int) -> Tensor:                              # (B, heads*parts*d, N)
-        return rearrange(x, "b (h p d) n -> p b n (h d)", h=self.heads, p=parts)
 
 
 class SpatialTransformer(nn.Module):

@@ -93,7 +93,7 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
             f"diffusers has one number for the first convolution and the first level, but this UNet has "
             f"channel_mult {config.channel_mult}: it must begin with 1"
         )
-    channels = [config.model_channels * mult for mult in config.channel_mult]
+    channels = list(config.channels)
     attends = [2**i in config.attention_resolutions for i in range(len(channels))]
     heads = config.num_heads or [config.heads(c) for c in channels]
     return {

@@ -7,6 +7,7 @@ models for 512 pixels predict epsilon and those for 768 predict v; everything el
 from dataclasses import dataclass, replace
 from typing import Any
 
+from models.classifier import ClassifierConfig
 from models.errors import ModelError
 from models.glide_text import GlideTextConfig
 from models.latent import LatentModel
@@ -99,6 +100,43 @@ GLIDE: dict[str, GlidePreset] = {
     "base_inpaint": GLIDE_BASE.inpainting(),
     "upsample_inpaint": GLIDE_UPSAMPLE.inpainting(),
 }
+
+
+
+@dataclass(frozen=True)
+class ClassPreset:
+    """One of guided-diffusion's models in numbers. resolution: of its images, in pixels."""
+
+    unet: UNetConfig
+    schedule: dict[str, Any]
+    resolution: int
+
+
+COSINE = {"name": "squaredcos_cap_v2", "steps": 1000}
+LINEAR = {"name": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+MULTIPLES = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
+
+
+def _adm(size: int, channels: int, out_channels: int, res_blocks: int, **more: Any) -> UNetConfig:
+    """What all of guided-diffusion's networks have alike: attention at 32, 16 and 8 pixels, blocks that resample."""
+    attends = tuple(size // side for side in (32, 16, 8))
+    alike = {"num_heads": None, "head_channels": 64, "attention": "self_legacy", "context_dim": 0}
+    alike |= {"resblock_updown": True, "scale_shift": True}
+    return UNetConfig(3, out_channels, channels, MULTIPLES[size], res_blocks, attends, **alike | more)
+
+
+def _classifier(size: int, res_blocks: int) -> ClassifierConfig:
+    return ClassifierConfig(_adm(size, 128, 1000, res_blocks), size)
+
+
+ADM: dict[str, ClassPreset] = {
+    "64": ClassPreset(_adm(64, 192, 6, 3, num_classes=1000, attention="self"), COSINE, 64),
+    "128": ClassPreset(_adm(128, 256, 6, 2, num_classes=1000, num_heads=4, head_channels=None), LINEAR, 128),
+    "256": ClassPreset(_adm(256, 256, 6, 2, num_classes=1000), LINEAR, 256),
+    "256-uncond": ClassPreset(_adm(256, 256, 6, 2), LINEAR, 256),
+    "512": ClassPreset(_adm(512, 256, 6, 2, num_classes=1000), LINEAR, 512),
+}
+ADM_CLASSIFIERS = {str(size): _classifier(size, 4 if size == 64 else 2) for size in MULTIPLES}
 
 PRESETS: dict[str, Preset] = {
     "sd1.4": SD1,

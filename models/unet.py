@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.attention import JointAttention, SpatialTransformer
+from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.errors import ModelError
 from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
 
@@ -28,18 +28,21 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """A UNet in numbers. Level i works at resolution / 2^i with model_channels * channel_mult[i] channels.
+    """A UNet in numbers. Level i works at resolution / 2^i with model_channels * channel_mult[i] channels; the first
+    convolution has as many as level 0.
 
     attention_resolutions: the downsampling factors (1, 2, 4, ...) whose levels have attention; the middle always has.
     num_heads, head_channels: exactly one is given: heads per attention, or channels per head.
-    attention: "transformer" (Stable Diffusion; transformer_depth and linear_proj are its own) or "joint" (GLIDE).
+    attention: "transformer" (Stable Diffusion; transformer_depth and linear_proj are its own), "joint" (GLIDE), or
+    without a text "self" and "self_legacy" (guided-diffusion; see ImageAttention's heads_first).
     resblock_updown: residual blocks resample, not convolutions. scale_shift: the time scales and shifts a norm.
+    num_classes: how many have a vector that can be added to the time's, or None.
     """
 
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    channel_mult: tuple[float, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
     num_heads: int | None = 8
@@ -47,9 +50,10 @@ class UNetConfig:
     context_dim: int = 768
     transformer_depth: int = 1
     linear_proj: bool = False
-    attention: Literal["transformer", "joint"] = "transformer"
+    attention: Literal["transformer", "joint", "self", "self_legacy"] = "transformer"
     resblock_updown: bool = False
     scale_shift: bool = False
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.head_channels is None):
@@ -57,7 +61,7 @@ class UNetConfig:
                 f"a UNet takes either num_heads or head_channels, not both or neither: got num_heads="
                 f"{self.num_heads}, head_channels={self.head_channels}"
             )
-        for channels in (self.model_channels * mult for mult in self.channel_mult):
+        for channels in self.channels:
             of = {"num_heads": self.num_heads, "head_channels": self.head_channels, "groups of a norm": NORM_GROUPS}
             for what, divisor in of.items():
                 if divisor is not None and (divisor < 1 or channels % divisor):
@@ -66,6 +70,11 @@ class UNetConfig:
     def heads(self, channels: int) -> int:
         """Number of attention heads at a level of that many channels."""
         return self.num_heads or channels // self.head_channels
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of each level."""
+        return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
 
     @property
     def factor(self) -> int:
@@ -132,42 +141,40 @@ class Stage(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
-    """Predicts eps or v (the caller knows which) from a noisy latent, its time and a text."""
+class Descent(nn.Module):
+    """The way down and the middle, which a UNet and a classifier of noisy images have alike.
+
+    channels: of what comes out of the middle. skips: the channels of what each input block leaves behind.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        c, emb_dim = config.model_channels, 4 * config.model_channels
-        self.time_embed = nn.Sequential(nn.Linear(c, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.input_blocks = nn.ModuleList([Stage(Stem(config.in_channels, c, 3, padding=1))])
-        last, skips = len(config.channel_mult) - 1, [c]
-        for level, mult in enumerate(config.channel_mult):
+        width, emb_dim, c = config.model_channels, 4 * config.model_channels, config.channels[0]
+        self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.input_blocks, skips = nn.ModuleList([Stage(Stem(config.in_channels, c, 3, padding=1))]), [c]
+        for level, channels in enumerate(config.channels):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(self._stage(c, mult * config.model_channels, level))
-                skips.append(c := mult * config.model_channels)
-            if level != last:
+                self.input_blocks.append(self._stage(c, channels, level))
+                skips.append(c := channels)
+            if level != len(config.channels) - 1:
                 down = self._block(c, c, half) if config.resblock_updown else Downsample(c)
                 self.input_blocks.append(Stage(down))
                 skips.append(c)
         self.middle_block = Stage(self._block(c, c), self._attention(c), self._block(c, c))
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for i in range(config.num_res_blocks + 1):
-                stage = self._stage(c + skips.pop(), mult * config.model_channels, level)
-                c = mult * config.model_channels
-                if level and i == config.num_res_blocks:
-                    stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
-                self.output_blocks.append(stage)
-        self.out = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
-        )
+        self.channels, self.skips = c, skips
+
+    def embedded(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Times (B,) -> (B, E)."""
+        return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
 
     def _block(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:
         return ResBlock(c_in, c_out, 4 * self.config.model_channels, self.config.scale_shift, resample)
 
-    def _attention(self, c: int) -> SpatialTransformer | JointAttention:
+    def _attention(self, c: int) -> SpatialTransformer | JointAttention | ImageAttention:
         config = self.config
+        if config.attention in ("self", "self_legacy"):
+            return ImageAttention(c, config.heads(c), heads_first=config.attention == "self_legacy")
         if config.attention == "joint":
             return JointAttention(c, config.context_dim, config.heads(c))
         return SpatialTransformer(
@@ -180,15 +187,36 @@ class UNet(nn.Module):
             stage.append(self._attention(c_out))
         return stage
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """One look at a noisy latent.
+
+class UNet(Descent):
+    """Predicts eps or v (the caller knows which) from a noisy image, its time, and a text or a class."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        c, skips = self.channels, list(self.skips)
+        self.output_blocks = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(config.channels))):
+            for i in range(config.num_res_blocks + 1):
+                stage = self._stage(c + skips.pop(), channels, level)
+                c = channels
+                if level and i == config.num_res_blocks:
+                    stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
+                self.output_blocks.append(stage)
+        self.out = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
+        )
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
+        """One look at a noisy image.
 
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
-        t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim).
-        pooled: (B, 4 * model_channels), the text in one vector, added to the time's (GLIDE), or None.
+        t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim), where the attention reads one.
+        pooled: (B, 4 * model_channels), a text (GLIDE) or a class in one vector, added to the time's, or None.
         Returns the raw prediction (B, out_channels, h, w) in x's dtype.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))   # (B, E)
+        emb = self.embedded(t, x.dtype)                                                        # (B, E)
         cond = Condition(emb if pooled is None else emb + pooled, context)
         skips = []
         for stage in self.input_blocks:

@@ -35,11 +35,15 @@ LEFT_OUT_NAMES = re.compile(r"moon|suit$|oncoming|banknote|ballot|waning|waxing|
 
 @dataclass
 class Config:
-    """packages: the folder that holds both npm packages. output: a folder to write into (made if needed)."""
+    """packages: the folder that holds both npm packages. output: a folder to write into (made if needed).
+
+    categories: of emoji.json, such as "Animals & Nature", that the captioned concepts are limited to; all if none.
+    """
 
     packages: Path
     output: Path = Path("data/emoji")
     size: int = 64
+    categories: tuple[str, ...] = ()
 
 
 def captions(name: str, style: str, subcategory: str) -> list[str]:
@@ -87,7 +91,8 @@ def main(config: Config) -> None:
     rows: dict[str, list[dict]] = {"captioned": [], "held_out": []}
     for style, name, entry, file in tqdm(list(pictures(config)), desc="pictures"):
         picture = over_white(file, config.size)
-        kinds = ["held_out"] if name in held_out else ["vae"] + ["captioned"] * bool(entry and is_drawn(entry))
+        drawn = entry and is_drawn(entry) and (not config.categories or entry["category"] in config.categories)
+        kinds = ["held_out"] if name in held_out else ["vae"] + ["captioned"] * bool(drawn)
         for kind in kinds:
             target = config.output / kind / style / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
