@@ -1,0 +1,77 @@
+"""`scripts/compare_starts.py` over a tiny GLIDE: three starts, each seed's own training, one validation set."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from inversion import Concept, InversionError, Result
+from tests.tiny import tiny_glide
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_starts.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("compare_starts", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    models.save(tiny_glide(), tmp_path / "base.safetensors")
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path
+
+
+def test_three_starts_are_compared_on_one_set(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(script, "comparison", lambda file, rows, columns: drawn.extend(rows))
+    monkeypatch.setattr(script, "COPIES", 3)
+    script.main(
+        script.Config(
+            str(folder), folder / "photos", "<x>", "cat", phrase="large white dog", seeds=(0, 5), steps=3, samples=2,
+            output=folder / "found.json", picture=folder / "x.png",
+        )
+    )  # fmt: skip
+    found = json.loads((folder / "found.json").read_text())
+    assert list(found) == ["“dog”", "3 × “dog”", "“large white dog”"]
+    first = {label: {run["validation_loss_initial"] for run in runs} for label, runs in found.items()}
+    assert all(len(several) == 1 for several in first.values())      # no seed has a validation set of its own
+    captions = {run["validation_loss_caption"] for runs in found.values() for run in runs}
+    assert len(captions) == 1
+    one = [run["validation_loss_best"] for run in found["“dog”"]]
+    assert one[0] != one[1]                                           # but each its own training
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("”")[-1].split()[0] for line in lines[1:4]] == ["1", "3", "3"]
+    assert f"{one[0]:.4f}  {one[1]:.4f}" in lines[1]
+    assert [label for label, _ in drawn][1] == "before: a photo of dog"
+    assert len(drawn) == 5
+
+
+def test_the_table_says_what_the_best_gained(script: ModuleType) -> None:
+    def result(best: float) -> Result:
+        metrics = {"validation_loss_initial": 0.5, "validation_loss_best": best}
+        return Result(Concept("<x>", torch.zeros(2, 4)), metrics, ())
+
+    lines = script.table({"“dog”": [result(0.4), result(0.3)]})
+    assert lines[1].split() == ["“dog”", "2", "0.5000", "0.4000", "0.3000", "-30.0%"]
+
+
+def test_there_must_be_a_seed(script: ModuleType, folder: Path) -> None:
+    with pytest.raises(InversionError, match="at least one"):
+        script.main(script.Config(str(folder), folder / "photos", seeds=()))
