@@ -43,7 +43,7 @@ def generate(
     image: Tensor | None = None,
     strength: float = 0.8,
     mask: Tensor | None = None,
-    gradient: Gradient | None = None,
+    guidance: Gradient | None = None,
     batch_size: int = 8,
     progress: Progress = False,
 ) -> Tensor:
@@ -65,7 +65,8 @@ def generate(
     strength    with an image: above 0 and at most 1, the part of the steps that is taken.
     mask        (H, W) or (B, 1, H, W), with an image as large as the result: 1 where it stays, exactly, and 0 where
                 it is drawn anew. For inpainting models; strength has no part in it.
-    gradient    of a classifier or CLIP, for all prompts together: batch_size must not be smaller than their number.
+    guidance    a gradient to guide by besides: `guidance.classifier`, `clip_gradient`, or `gradient_of` a function of
+                one's own. It is of all prompts together: batch_size must not be smaller than their number.
     batch_size  images drawn at once.
     progress    True for a bar on stderr, or a function that is called with (steps done, steps in all).
 
@@ -76,7 +77,7 @@ def generate(
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
     batches = inputs.batches(len(prompts), batch_size)
-    if gradient is not None and len(batches) > 1:
+    if guidance is not None and len(batches) > 1:
         raise inputs.GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
     levels, upsampler = levels_of(model, sampler, steps), model.upsampler
     image, kept, small, sides = inputs.pictures(model, image, mask, len(prompts), height, width)
@@ -84,7 +85,7 @@ def generate(
         levels = from_strength(levels, strength)
     shape = model.x0_shape(*sides)
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
-    chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, gradient)]
+    chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, guidance)]
     if upsampler is not None:
         chains = [replace(chains[0], kept=inputs.reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]
 

@@ -6,6 +6,8 @@ What is done with it is the step's business: ancestral steps shift their mean, t
 Source: Dhariwal & Nichol 2021, algorithms 1 and 2; Nichol et al. 2022 (GLIDE), section 2.4.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Denoiser, Level, Prediction
+from guidance.errors import GuidanceError
 
 Gradient = Callable[[Tensor, Level], Tensor]
 
@@ -30,17 +33,55 @@ def with_gradient(denoise: Denoiser, gradient: Gradient) -> Denoiser:
 def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: float) -> Gradient:
     """s · ∇ log p by autograd.
 
-    log_probability: (x_t (B, C, H, W), t (B,) int64) -> (B,), of each sample alone. scale: s; 0 is off.
+    log_probability: (x_t (B, C, H, W), t (B,) int64) -> (B,), of each sample alone. scale: s; 0 is off, and nothing is
+    computed. A gradient that is zero everywhere or not finite does not guide: that is said once, with the time, as a
+    UserWarning. Raises GuidanceError for a scale that is not finite.
     """
+    if not math.isfinite(scale):
+        raise GuidanceError(f"the scale of a gradient is a finite number (0 is off), not {scale}")
+    said: set[str] = set()
 
     @torch.enable_grad()
     def gradient(x_t: Tensor, level: Level) -> Tensor:
+        if scale == 0:
+            return torch.zeros_like(x_t)
         x = x_t.detach().requires_grad_()
         t = torch.full((len(x),), round(level.t), device=x.device)
         (grad,) = torch.autograd.grad(log_probability(x, t).sum(), x)
-        return scale * grad
+        wrong = "is not finite" if not grad.isfinite().all() else "" if grad.any() else "is zero"
+        if wrong and wrong not in said:
+            said.add(wrong)
+            warnings.warn(
+                f"the gradient that should guide {wrong} at time {level.t:g}: it does not guide there", UserWarning,
+                stacklevel=2,
+            )  # fmt: skip
+        return scale * (torch.zeros_like(grad) if wrong else grad)
 
     return gradient
+
+
+def classifier(network: Any, classes: Sequence[int], scale: float) -> Gradient:
+    """The gradient of log p(y | x_t) by a classifier that reads noise (Dhariwal & Nichol 2021, section 4.1).
+
+    network: a `models.classifier.Classifier`, or anything with `classes` and (x_t (B, C, H, W), t (B,)) -> (B, classes)
+    logits. classes: y, 0 … classes - 1, one an image. scale: s; the published classifiers take 0.5 to 10.
+
+    Raises GuidanceError for a class that there is not, and when it is asked about more or fewer images than classes.
+    """
+    wrong = [y for y in classes if not 0 <= y < network.classes]
+    if wrong or not classes:
+        what = f"class {wrong[0]} is none" if wrong else "no class is named"
+        raise GuidanceError(f"{what}: this classifier knows 0 to {network.classes - 1}, and wants one an image")
+    y = torch.tensor(list(classes))
+
+    def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
+        if len(x_t) != len(y):
+            raise GuidanceError(f"{len(y)} classes for {len(x_t)} image{'s' * (len(x_t) > 1)}: give one an image")
+        weight = next(network.parameters())
+        logits = network(x_t.to(weight), t.to(weight.device)).to(x_t)                          # (B, classes)
+        return logits.log_softmax(dim=1).gather(1, y.to(x_t.device)[:, None]).squeeze(1)
+
+    return gradient_of(log_probability, scale)
 
 
 def clip_gradient(clip: Any, texts: Sequence[str], scale: float) -> Gradient:

@@ -215,7 +215,7 @@ class TestGradient:
 
         def distance(scale: float) -> float:
             gradient = gradient_of(lambda x, t: -(x - target).square().flatten(1).sum(dim=1), scale)
-            drawn = generate(tiny_glide(), "a dog", scale=1.0, steps=10, gradient=gradient, generator=0)
+            drawn = generate(tiny_glide(), "a dog", scale=1.0, steps=10, guidance=gradient, generator=0)
             return (drawn - target).square().mean().item()
 
         assert distance(1.0) < 0.7 * distance(0.0)
@@ -223,7 +223,7 @@ class TestGradient:
     def test_a_scale_of_nothing_changes_nothing(self) -> None:
         still = gradient_of(lambda x, t: x.flatten(1).sum(dim=1), 0.0)
         options = {"steps": 3, "generator": 0}
-        drawn = generate(tiny_glide(), "a dog", gradient=still, **options)
+        drawn = generate(tiny_glide(), "a dog", guidance=still, **options)
         plain = generate(tiny_glide(), "a dog", **options)
         torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-6)
 
@@ -243,7 +243,7 @@ class TestGradient:
     def test_it_is_of_all_images_at_once(self) -> None:
         gradient = gradient_of(lambda x, t: x.flatten(1).sum(dim=1), 1.0)
         with pytest.raises(GuidanceError, match="raise batch_size"):
-            generate(tiny_glide(), ["a dog", "a cat"], gradient=gradient, batch_size=1, steps=2)
+            generate(tiny_glide(), ["a dog", "a cat"], guidance=gradient, batch_size=1, steps=2)
 
 
 def test_levels_of_stable_diffusion_are_what_they_were() -> None:

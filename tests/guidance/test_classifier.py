@@ -1,0 +1,155 @@
+"""A classifier's guidance: where all is Gaussian the guided distribution is known, and a wrong rule misses it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import SAMPLERS, Denoiser, Level, Prediction, Schedule, default_levels, steps
+from guidance import GuidanceError, classifier, generate, gradient_of, with_gradient
+from models.classifier import Classifier, ClassifierConfig
+from models.unet import UNetConfig
+from tests.tiny import randomise, tiny_glide, tiny_model
+
+MEAN, DEVIATION = 0.7, 0.5  # of the data, in every pixel
+CLASS, SPREAD = -0.4, 0.6  # p(y | x_0) = exp(-(x_0 - CLASS)² / 2 SPREAD²), up to a constant
+SCHEDULE = Schedule("squaredcos_cap_v2")
+SAMPLES = 8192
+
+
+def posterior(x_t: Tensor, alpha_bar: float) -> tuple[Tensor, float]:
+    """Mean and variance of x_0 given x_t, for this data."""
+    v, noise = DEVIATION**2, 1 - alpha_bar
+    total = v * alpha_bar + noise
+    return MEAN + v * alpha_bar**0.5 / total * (x_t - alpha_bar**0.5 * MEAN), v * noise / total
+
+
+def denoise(x_t: Tensor, level: Level) -> Prediction:
+    return Prediction.from_x0(x_t, posterior(x_t, level.alpha_bar)[0], level.alpha_bar)
+
+
+def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
+    """log p(y | x_t) = log of the mean of p(y | x_0) over p(x_0 | x_t): a Gaussian again, but for a constant."""
+    mean, variance = posterior(x_t, SCHEDULE.alpha_bar(t[:1]).item())
+    return (-((CLASS - mean) ** 2) / (2 * (variance + SPREAD**2))).flatten(1).sum(dim=1)
+
+
+def drawn(sampler: str, denoiser: Denoiser) -> tuple[float, float]:
+    """How far mean and variance of a chain of 1000 steps lie from the guided distribution's, in standard errors."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 32, 32, generator=g, dtype=torch.float64)
+    for state in SAMPLERS[sampler](denoiser, x, default_levels(SCHEDULE, sampler, 1000), generator=g):
+        x = state.x
+    variance = 1 / (1 / DEVIATION**2 + 1 / SPREAD**2)
+    mean = variance * (MEAN / DEVIATION**2 + CLASS / SPREAD**2)
+    errors = (x.mean() - mean) / (variance / SAMPLES) ** 0.5, (x.var() / variance - 1) / (2 / SAMPLES) ** 0.5
+    return tuple(error.abs().item() for error in errors)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_guided_chain_reaches_the_guided_distribution(sampler: str) -> None:
+    """Three standard errors; what a thousand steps leave of the discretisation is about one of them."""
+    mean, variance = drawn(sampler, with_gradient(denoise, gradient_of(log_probability, 1.0)))
+    assert mean < 3
+    assert variance < 3
+
+
+def unscaled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An ancestral step that forgets the Σ: the mean moves by the whole gradient."""
+
+    def wrong(x_t: Tensor, prediction: Prediction, *rest: object) -> Tensor:
+        return step(x_t, replace(prediction, guide=None), *rest) + prediction.guide
+
+    return wrong
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("scale", [-1.0, 2.0])
+def test_a_wrong_sign_and_a_doubled_scale_miss_it(sampler: str, scale: float) -> None:
+    assert max(drawn(sampler, with_gradient(denoise, gradient_of(log_probability, scale)))) > 12
+
+
+def test_a_missing_variance_misses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.samplers.ddpm_step", unscaled(steps.ddpm_step))
+    assert not max(drawn("ddpm", with_gradient(denoise, gradient_of(log_probability, 1.0)))) < 12
+
+
+def test_a_score_that_forgets_the_noise_misses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDIM's Σ is sqrt(1 - alpha_bar), in eps."""
+
+    def wrong(self: Prediction, x_t: Tensor, level: Level) -> Prediction:
+        eps = self.eps - self.guide
+        return replace(self, x0=Prediction.from_eps(x_t, eps, level.alpha_bar).x0, eps=eps, guide=None)
+
+    monkeypatch.setattr(Prediction, "guided", wrong)
+    assert not max(drawn("ddim", with_gradient(denoise, gradient_of(log_probability, 1.0)))) < 12
+
+
+def tiny_classifier(channels: int = 3, size: int = 16) -> Classifier:
+    """Five classes."""
+    torch.manual_seed(0)
+    config = UNetConfig(channels, 5, 32, (1, 2), 1, (2,), None, 16, attention="self_legacy", scale_shift=True)
+    network = Classifier(ClassifierConfig(config, size))
+    randomise(network)
+    return network
+
+
+def test_the_gradient_is_that_of_the_class_s_log_probability() -> None:
+    network, x = tiny_classifier(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    gradient = classifier(network, [3, 1], 2.0)(x, Level(300.0, 0.5))
+
+    def chosen(x_t: Tensor) -> Tensor:
+        return network(x_t, torch.tensor([300, 300])).log_softmax(dim=1)[torch.arange(2), [3, 1]]
+
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        rise = (chosen(x + 1e-2 * direction) - chosen(x - 1e-2 * direction)) / 2e-2     # central: third order
+    torch.testing.assert_close((gradient * direction).flatten(1).sum(dim=1), 2 * rise, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral", "dpmpp_2m"])
+def test_it_guides_every_family_and_every_sampler(make: Callable, sampler: str) -> None:
+    """The guided drawings are likelier to be of the class, by the classifier that guided."""
+    model = make()
+    channels, height, _ = model.x0_shape(16, 16)
+    network = tiny_classifier(channels, height)
+
+    def probability(scale: float) -> Tensor:
+        seen: list[Tensor] = []
+        hook = network.register_forward_hook(lambda _, given, out: seen.append(out.detach().softmax(dim=1)[:, 2]))
+        generate(
+            model, ["a dog", "a cat"], scale=2.0, steps=8, sampler=sampler, generator=0,
+            guidance=classifier(network, [2, 2], scale),
+        )  # fmt: skip
+        hook.remove()
+        return seen[-1].mean()
+
+    assert probability(20.0) > probability(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("classes", "scale", "said"),
+    [([5], 1.0, "class 5 .* 0 to 4"), ([-1], 1.0, "class -1"), ([], 1.0, "no class"), ([0], float("nan"), "finite")],
+)
+def test_what_cannot_guide_is_refused(classes: list[int], scale: float, said: str) -> None:
+    with pytest.raises(GuidanceError, match=said):
+        classifier(tiny_classifier(), classes, scale)
+
+
+def test_a_classifier_of_other_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reads images \(3, 32, 32\), these are \(3, 16, 16\)"):
+        generate(tiny_glide(), "a dog", steps=2, guidance=classifier(tiny_classifier(size=32), [0], 1.0))
+    with pytest.raises(GuidanceError, match="2 classes for 1 image"):
+        generate(tiny_glide(), "a dog", steps=2, guidance=classifier(tiny_classifier(), [0, 1], 1.0))
+
+
+@pytest.mark.parametrize(("factor", "said"), [(0.0, "is zero"), (float("inf"), "is not finite")])
+def test_a_gradient_that_says_nothing_is_pointed_out_once(factor: float, said: str) -> None:
+    gradient = gradient_of(lambda x, t: (factor * x).flatten(1).sum(dim=1), 1.0)
+    with pytest.warns(UserWarning, match=f"{said} at time 999") as caught:
+        drawn = generate(tiny_glide(), "a dog", steps=3, guidance=gradient, generator=0)
+    assert len(caught) == 1
+    torch.testing.assert_close(drawn, generate(tiny_glide(), "a dog", steps=3, generator=0), rtol=0, atol=1e-6)
