@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffusion import Level, Schedule, default_levels, from_strength, respaced
+from diffusion import SAMPLERS, DiffusionError, Level, Schedule, default_levels, from_strength, respaced
 from guidance import inputs
 from guidance.chain import Chain, Model
 from guidance.gradient import Gradient
@@ -66,7 +66,8 @@ def generate(
     mask        (H, W) or (B, 1, H, W), with an image as large as the result: 1 where it stays, exactly, and 0 where
                 it is drawn anew. For inpainting models; strength has no part in it.
     guidance    a gradient to guide by besides: `guidance.classifier`, `clip_gradient`, or `gradient_of` a function of
-                one's own. It is of all prompts together: batch_size must not be smaller than their number.
+                one's own. It is of all prompts together: batch_size must not be smaller than their number. It comes
+                on top of the prompts' own guidance, whose scale 1 is off, as in GLIDE's notebook of CLIP.
     batch_size  images drawn at once.
     progress    True for a bar on stderr, or a function that is called with (steps done, steps in all).
 
@@ -101,10 +102,12 @@ def generate(
 
 def levels_of(model: Model, sampler: str, steps: int | str) -> list[Level]:
     """The levels that a number of steps means with a model."""
-    schedule = Schedule(**model.schedule)
-    if isinstance(model.sampling.steps, str):
+    schedule, spaced = Schedule(**model.schedule), isinstance(model.sampling.steps, str)
+    if sampler not in SAMPLERS:
+        raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+    if spaced and sampler != "dpmpp_2m_karras":                     # whose times follow from its sigmas
         return schedule.levels(respaced(str(steps), schedule.steps))
-    return default_levels(schedule, sampler, steps)
+    return default_levels(schedule, sampler, int(steps) if spaced and str(steps).isdigit() else steps)
 
 
 def enlarging(chain: Chain, concepts: Sequence[inputs.Concept]) -> Chain:

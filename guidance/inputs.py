@@ -78,6 +78,7 @@ def pictures(
     if mask is not None:
         image, mask = kept(model, image, mask, count)
         factor = model.upsampler.factor if model.upsampler else 1
+        _require_sides(image, factor, height, width)
         return Pictures(None, (image, mask), None, tuple(side // factor for side in image.shape[2:]))
     if image is not None:
         image = start(image, count, height, width)
@@ -85,10 +86,22 @@ def pictures(
     return Pictures(None, None, None, usual)
 
 
+def _require_sides(image: Tensor, factor: int, height: int | None, width: int | None) -> None:
+    """The image is as large as what is drawn: `factor` times the base's height and width, where these are given."""
+    for side, asked, found in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
+        if found % factor or asked not in (None, found // factor):
+            raise GuidanceError(
+                f"the {side} of the image is {found}, and the model draws a {factor}th of it"
+                + (f", not {asked}" if asked is not None else f": make it a multiple of {factor}")
+            )
+
+
 def enlarged(
     model: Any, image: Tensor | None, mask: Tensor | None, count: int, sides: tuple[int, int]
 ) -> Tensor:
     """The small images (B, 3, h, w) that an upsampler by itself makes images of these sides of."""
+    if any(side % model.factor for side in sides):
+        raise GuidanceError(f"{model.source} makes images whose sides are multiples of {model.factor}, not {sides}")
     height, width = (side // model.factor for side in sides)
     if image is None:
         raise GuidanceError(
@@ -114,6 +127,8 @@ def kept(model: Any, image: Tensor | None, mask: Tensor, count: int) -> tuple[Te
     if image is None:
         raise GuidanceError("a mask says which part of an image stays: give the image, too")
     image = start(image, count, None, None)
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        raise GuidanceError(f"a mask is a tensor of 0 and 1, (H, W), not {getattr(mask, 'dtype', type(mask).__name__)}")
     mask = mask[None] if mask.ndim == 2 else mask
     mask = mask[None] if mask.ndim == 3 else mask
     if mask.shape not in ((1, 1, *image.shape[2:]), (count, 1, *image.shape[2:])):

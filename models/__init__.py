@@ -6,9 +6,13 @@ models.save(model, "copy", "diffusers")
 
 from models.errors import ModelError
 from models.glide import GlideModel
+from models.glide_hub import load_noisy_clip
 from models.latent import LatentModel
 from models.loading import load, save
 from models.text import TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 
-__all__ = ["ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load", "save"]
+__all__ = [
+    "ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load",
+    "load_noisy_clip", "save",
+]  # fmt: skip

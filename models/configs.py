@@ -178,11 +178,16 @@ def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
         "steps": file.get("num_train_timesteps", 1000),
         "zero_terminal_snr": file.get("rescale_betas_zero_snr", False),
     }
-    if schedule["name"] not in (*BETA_SCHEDULES, "squaredcos_cap_v2"):
-        raise ModelError(f"{where}: no schedule {schedule['name']!r} is known here")
+    require_schedule(schedule["name"], where)
     if schedule["name"] in BETA_SCHEDULES:  # the others have no use for the betas that diffusers writes all the same
         schedule |= {"beta_start": file.get("beta_start", 1e-4), "beta_end": file.get("beta_end", 0.02)}
     return schedule, file.get("prediction_type", "epsilon")
+
+
+def require_schedule(name: Any, where: str) -> None:
+    """Raise ModelError unless a schedule of this name is known."""
+    if name not in (*BETA_SCHEDULES, "squaredcos_cap_v2"):
+        raise ModelError(f"{where}: no schedule {name!r} is known here")
 
 
 def write_schedule(schedule: Json, prediction: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.configs import require_schedule
 from models.errors import ModelError
 from models.files import Weights, metadata
 from models.glide import GlideModel
@@ -49,14 +50,21 @@ def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device
 
 
 def cascade_files(folder: Path) -> list[Path]:
-    """The base model's file in a folder, and the upsampler's if there is one; none if the folder holds no GLIDE."""
+    """The base model's file in a folder, and the upsampler's if there is one; none if the folder holds no GLIDE.
+
+    Raises ModelError for an upsampler alone.
+    """
     found = [next((p for s in (".safetensors", ".pt") if (p := folder / (name + s)).is_file()), None) for name in PARTS]
-    return [path for path in found if path is not None] if found[0] else []
+    if found[1] and not found[0]:
+        raise ModelError(f"{folder} holds the upsampler {found[1].name} and no base.safetensors or base.pt: add it")
+    return [path for path in found if path is not None]
 
 
 def read_cascade(folder: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
     """The base model of such a folder with its upsampler, if there is one; the arguments are those of `models.load`."""
     base, *more = (read_glide(path, dtype, device) for path in cascade_files(folder))
+    if base.factor > 1:
+        raise ModelError(f"{base.source} is an upsampler: the base network goes by that name, it by upsample")
     return replace(base, source=str(folder), upsampler=more[0] if more else None)
 
 
@@ -104,6 +112,12 @@ def _described(said: str, path: Path) -> tuple[GlidePreset, GlideTokenizer]:
         merges = [tuple(pair.split(" ")) for pair in known.pop("merges")]
         lists = {key: tuple(value) for key, value in known["unet"].items() if isinstance(value, list)}
         unet, text = UNetConfig(**known.pop("unet") | lists), GlideTextConfig(**known.pop("text"))
+        for key, kind in {"factor": int, "resolution": int, "inpaints": bool, "schedule": dict}.items():
+            if not isinstance(known[key], kind):
+                raise TypeError(f"{key} is {known[key]!r}")
+        require_schedule(known["schedule"].get("name"), str(path))
         return GlidePreset(unet, text, **known), GlideTokenizer(merges, text.length)
+    except ModelError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the metadata of {path} does not describe a GLIDE network ({error})") from error

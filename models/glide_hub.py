@@ -7,6 +7,7 @@ that it should be.
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -14,11 +15,16 @@ from pathlib import Path
 import torch
 
 from models.errors import ModelError
+from models.files import Weights
 from models.glide import GlideModel
 from models.glide_file import read_glide
+from models.noisy_clip import NoisyClip, NoisyClipConfig
+from models.renaming import Layout
+from models.weights import Part, fill, on_meta
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
 CASCADES = {"glide": ("base", "upsample"), "glide-inpaint": ("base_inpaint", "upsample_inpaint")}
+CLIP = ("clip_text_enc", "clip_image_enc")
 CHUNK = 2**20
 TIMEOUT = 30  # seconds without a byte
 
@@ -28,8 +34,34 @@ def load_cascade(name: str, dtype: torch.dtype | str | None, device: torch.devic
 
     Raises ModelError if a file is neither in the cache nor can be fetched, or is not what it should be.
     """
-    base, upsampler = (_checked(fetch(part), dtype, device) for part in CASCADES[name])
+    base, upsampler = (_checked(path, dtype, device) for path in fetch_all(CASCADES[name]))
     return replace(base, source=name, upsampler=upsampler)
+
+
+def load_noisy_clip(
+    source: str | Path = "glide", dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> NoisyClip:
+    """GLIDE's noise-aware CLIP, frozen, for `guidance.clip_gradient`.
+
+    source: "glide", fetched once from OpenAI as `models.load` does, or a folder of clip_text_enc.pt and
+    clip_image_enc.pt. dtype, device: as in `models.load`. Raises ModelError for what is not there or does not fit.
+    """
+    paths = fetch_all(CLIP) if source == "glide" else [Path(source) / f"{part}.pt" for part in CLIP]
+    clip = on_meta(lambda: NoisyClip(NoisyClipConfig()))
+    for path, encoder in zip(paths, (clip.text_encoder, clip.image_encoder)):
+        if not path.is_file():
+            raise ModelError(f"there is no {path}: a folder of CLIP holds clip_text_enc.pt and clip_image_enc.pt")
+        fill([Part(encoder, Layout())], Weights((path,)), dtype, torch.device(device))
+    return clip
+
+
+def fetch_all(parts: Sequence[str]) -> list[Path]:
+    """The files of several networks. Raises ModelError as `fetch`, with the addresses of all that are not there yet."""
+    try:
+        return [fetch(part) for part in parts]
+    except ModelError as error:
+        missing = [f"{ADDRESS}/{part}.pt" for part in parts if not (cache() / f"{part}.pt").is_file()]
+        raise ModelError(f"{error} (needed in all: {', '.join(missing)})") from error
 
 
 def cache() -> Path:

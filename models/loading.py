@@ -52,14 +52,17 @@ def load(
         model.source = source
         return model
     if source in CASCADES:
+        _refuse_options(source, prediction, variant)
         return load_cascade(source, dtype, device)
     path = Path(source)
     if path.is_dir():
         if cascade_files(path):
+            _refuse_options(source, prediction, variant)
             return read_cascade(path, dtype, device)
         return read_folder(path, dtype, device, prediction, variant)
     if path.is_file() or path.suffix in SUFFIXES:
         if kind_of(open_tensors(path)) == GLIDE:
+            _refuse_options(source, prediction, variant)
             return read_glide(path, dtype, device)
         return read_single_file(path, dtype, device, prediction)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
@@ -68,6 +71,11 @@ def load(
         return read_folder(download(str(source), variant), dtype, device, prediction, variant)
     known = ", ".join((*EMBEDDED, *CASCADES))
     raise ModelError(f"there is no file or folder {source}; the models known by name are: {known}")
+
+
+def _refuse_options(source: str | Path, prediction: str | None, variant: str | None) -> None:
+    if prediction or variant:
+        raise ModelError(f"{source} is GLIDE's: prediction and variant are for Stable Diffusion, leave them out")
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -87,13 +95,16 @@ def save(
     layout: Literal["diffusers", "single"] = "diffusers",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model as a folder in the diffusers layout, or as a single .safetensors file (GLIDE's always).
+    """Write a model as a folder in the diffusers layout, or as a single .safetensors file (GLIDE's always, and without
+    its upsampler, which is saved by itself).
 
     Tensors of the loaded file that no network uses go back to the layout that they came from: what went in
     comes out equal. dtype: what the networks' tensors are stored in, None for what they run in. A model
     folder at `path` is replaced. Raises ModelError for anything else that is there, for a released VAE, and
     for a model that the layout has no place for.
     """
+    if layout not in ("diffusers", "single"):
+        raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")
     if isinstance(model, GlideModel):
         write_glide(model, Path(path), dtype)
         return
@@ -101,7 +112,5 @@ def save(
         raise ModelError(
             "the VAE was released from memory (release_encoder): load the model again to save it"
         )
-    write = {"diffusers": write_folder, "single": write_single_file}.get(layout)
-    if write is None:
-        raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")
+    write = {"diffusers": write_folder, "single": write_single_file}[layout]
     write(model, Path(path), dtype)

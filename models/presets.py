@@ -24,6 +24,8 @@ SD_SCHEDULE: dict[str, Any] = {
     "beta_end": 0.012,
     "zero_terminal_snr": False,
 }
+COSINE: dict[str, Any] = {"name": "squaredcos_cap_v2", "steps": 1000}
+LINEAR: dict[str, Any] = {"name": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class GlidePreset:
 GLIDE_UNET = UNetConfig(
     3, 6, 192, (1, 2, 3, 4), 3, (8, 4, 2), None, 64, 512, attention="joint", resblock_updown=True, scale_shift=True
 )
-GLIDE_BASE = GlidePreset(GLIDE_UNET, GlideTextConfig(), {"name": "squaredcos_cap_v2", "steps": 1000}, 64)
+GLIDE_BASE = GlidePreset(GLIDE_UNET, GlideTextConfig(), COSINE, 64)
 GLIDE_UPSAMPLE = GlidePreset(
     replace(
         GLIDE_UNET, in_channels=6, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_resolutions=(32, 16, 8)
     ),
     GlideTextConfig(),
-    {"name": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+    LINEAR,
     256,
     factor=4,
 )
@@ -112,8 +114,6 @@ class ClassPreset:
     resolution: int
 
 
-COSINE = {"name": "squaredcos_cap_v2", "steps": 1000}
-LINEAR = {"name": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 MULTIPLES = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 
 

@@ -12,6 +12,7 @@ openai/guided-diffusion), so those files load with a prefix cut off and no table
 Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022.
 """
 
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from models.errors import ModelError
 from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
 
 NORM_GROUPS = 32
+Attention = Literal["transformer", "joint", "self", "self_legacy"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class UNetConfig:
     context_dim: int = 768
     transformer_depth: int = 1
     linear_proj: bool = False
-    attention: Literal["transformer", "joint", "self", "self_legacy"] = "transformer"
+    attention: Attention = "transformer"
     resblock_updown: bool = False
     scale_shift: bool = False
     num_classes: int | None = None
@@ -61,6 +63,8 @@ class UNetConfig:
                 f"a UNet takes either num_heads or head_channels, not both or neither: got num_heads="
                 f"{self.num_heads}, head_channels={self.head_channels}"
             )
+        if self.attention not in typing.get_args(Attention):
+            raise ModelError(f"no attention is called {self.attention!r}; there are {typing.get_args(Attention)}")
         for channels in self.channels:
             of = {"num_heads": self.num_heads, "head_channels": self.head_channels, "groups of a norm": NORM_GROUPS}
             for what, divisor in of.items():

@@ -15,7 +15,7 @@ import torch
 from _command import run
 from _runs import write_json
 from tqdm import tqdm
-from train_inversion import EXAMPLE, PHOTOGRAPHS, RECIPES, Recipe
+from train_inversion import EXAMPLE, PHOTOGRAPHS, RECIPES, Model, Recipe, require_base
 
 import inversion
 import models
@@ -48,7 +48,7 @@ class Config:
     output: Path | None = None
 
 
-def starts(model: models.LatentModel | models.GlideModel, config: Config) -> dict[str, Concept]:
+def starts(model: Model, config: Config) -> dict[str, Concept]:
     """The three, under what the table calls them."""
     of = {
         f"“{config.word}”": (config.word, 1),
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     """Train every start with every seed, print the table, draw."""
     if not config.seeds:
         raise InversionError("--seeds needs at least one number")
-    files, model = inversion.find_images(config.images), models.load(config.model)
+    files, model = inversion.find_images(config.images), require_base(models.load(config.model))
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     images = inversion.read_images(files, model.resolution)
     prompts = inversion.templates_for(files, inversion.read_templates(recipe.templates), config.token)
@@ -101,7 +101,7 @@ def main(config: Config) -> None:
 
 
 def draw(
-    config: Config, model: models.GlideModel, recipe: Recipe, images: torch.Tensor, learned: dict[str, Concept]
+    config: Config, model: Model, recipe: Recipe, images: torch.Tensor, learned: dict[str, Concept]
 ) -> None:
     """Write the picture: the images, what the word meant before, and what each start has become."""
     text, before = (recipe.prompt.replace("{}", word) for word in (config.token, config.word))

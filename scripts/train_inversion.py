@@ -30,13 +30,15 @@ from guidance import generate
 from inversion import Concept, InversionError, StepReport, TrainConfig, find_images, read_images
 from inversion.report import comparison, loss_curve
 
+Model = models.LatentModel | models.GlideModel
+
 EXAMPLE = Path(inversion.__file__).parent / "data" / "poodle"
 
 
 @dataclass
 class Config:
     model: str = "emoji"
-    """The embedded model's name, a folder, a .safetensors or .ckpt file, or a hub id."""
+    """emoji, emoji-glide, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
     images: Path = EXAMPLE
     """A folder of images; a .txt beside an image, of the same stem, is its caption."""
     token: str = "<poodle>"
@@ -143,14 +145,24 @@ def main(config: Config) -> None:
     print(f"wrote {output}")
 
 
-def load(config: Config) -> models.LatentModel:
-    """The model that the flags name."""
-    return models.load(
+def load(config: Config) -> Model:
+    """The model that the flags name. Raises ModelError for one that cannot draw by itself."""
+    model = models.load(
         config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant
     )
+    return require_base(model)
 
 
-def starting_concept(config: Config, model: models.LatentModel, at_least: int) -> Concept:
+def require_base(model: Model) -> Model:
+    """The model. Raises ModelError for an upsampler."""
+    if model.factor > 1:
+        raise models.ModelError(
+            f"{model.source} is an upsampler, which learns no word: name the base network, or the folder of both"
+        )
+    return model
+
+
+def starting_concept(config: Config, model: Model, at_least: int) -> Concept:
     """From a concept's file if --init names one, else from the vectors of its words."""
     word, file = word_and_file(config.init)
     if file.suffix not in (".safetensors", ".pt", ".bin"):
@@ -161,7 +173,8 @@ def starting_concept(config: Config, model: models.LatentModel, at_least: int) -
     loaded = Concept.load(file, model.width, word, model.family)
     if config.vectors not in (None, len(loaded.vectors)):
         raise InversionError(f"{config.init} holds {len(loaded.vectors)} vectors, not {config.vectors}")
-    return Concept(config.token, loaded.vectors, {"init": config.init, "init_rule": "vectors of a file"})
+    words = {key: value for key, value in loaded.metadata.items() if key == "init"}     # what an upsampler reads
+    return Concept(config.token, loaded.vectors, words | {"init_file": str(file), "init_rule": "vectors of a file"})
 
 
 def plain_name(config: Config) -> str:

@@ -1,5 +1,6 @@
 """`generate` with GLIDE: an upsampler after the base, what is kept of an image, CLIP's gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Level, Prediction, Schedule
-from guidance import GuidanceError, clip_gradient, generate, gradient_of
+from guidance import GuidanceError, clip_gradient, generate, gradient_of, inputs
 from guidance.chain import keeping
 from guidance.generate import levels_of
 from inversion import Concept
@@ -174,11 +175,39 @@ def test_the_mask_shows_what_stays_to_the_network() -> None:
         ({"mask": torch.ones(16, 16)}, "give the image, too"),
         ({"mask": torch.ones(8, 8), "image": picture(16)}, r"the mask is \(1, 1, 8, 8\)"),
         ({"mask": torch.full((16, 16), 0.5), "image": picture(16)}, "nothing between"),
+        ({"mask": [[1, 0]], "image": picture(16)}, "a mask is a tensor of 0 and 1"),
+        ({"mask": torch.ones(16, 16, dtype=torch.complex64), "image": picture(16)}, "not torch.complex64"),
+        ({"mask": torch.ones(16, 16), "image": picture(16), "height": 32}, "height of the image is 16, .* not 32"),
     ],
 )
 def test_masks_that_cannot_be(options: dict, said: str) -> None:
     with pytest.raises(GuidanceError, match=said):
         generate(tiny_glide(inpaints=True), "a dog", steps=2, **options)
+
+
+def test_a_cascade_refuses_an_image_that_it_cannot_reduce() -> None:
+    base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
+    with pytest.raises(GuidanceError, match="a multiple of 4"):
+        generate(base, "a dog", steps=2, image=torch.zeros(3, 50, 50), mask=torch.ones(50, 50))
+
+
+def test_a_small_pixel_stays_if_all_that_it_covers_does() -> None:
+    image, mask = torch.arange(16.0).view(1, 1, 4, 4) / 16, torch.ones(1, 1, 4, 4)
+    mask[0, 0, 0, 1] = mask[0, 0, 3, 2] = 0
+    small, stays = inputs.reduced((image, mask), 2)
+    assert stays.tolist() == [[[[0.0, 1.0], [1.0, 0.0]]]]
+    assert small[0, 0, 0, 0] == (0 + 1 + 4 + 5) / 4 / 16
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+def test_a_sampler_that_there_is_not(make: Callable) -> None:
+    with pytest.raises(ValueError, match="no sampler is called 'heun'"):
+        generate(make(), "a dog", sampler="heun")
+
+
+def test_karras_times_are_those_of_its_sigmas_with_glide_too() -> None:
+    assert levels_of(tiny_glide(), "dpmpp_2m_karras", "20") != levels_of(tiny_glide(), "dpmpp_2m", "20")
+    assert len(levels_of(tiny_glide(), "dpmpp_2m_karras", 20)) == 21
 
 
 def test_a_mask_is_for_inpainting_models_only() -> None:

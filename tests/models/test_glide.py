@@ -155,6 +155,25 @@ class TestModel:
             tiny_glide().x0_shape(15, 16)
 
 
+class TestClipFiles:
+    def test_both_encoders_are_read_strictly(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        small = NoisyClipConfig(16, 49408, 20, 2, 2, 16, 4, 2, 2, 1000, 8)
+        monkeypatch.setattr("models.glide_hub.NoisyClipConfig", lambda: small)
+        clip = NoisyClip(small)
+        torch.save(clip.text_encoder.state_dict(), tmp_path / "clip_text_enc.pt")
+        with pytest.raises(ModelError, match=r"there is no .*clip_image_enc\.pt"):
+            models.load_noisy_clip(tmp_path)
+        torch.save(clip.image_encoder.state_dict(), tmp_path / "clip_image_enc.pt")
+        again = models.load_noisy_clip(tmp_path)
+        x, t = torch.ones(1, 3, 16, 16), torch.tensor([5])
+        given = [each.similarity(each.encode_text(["a dog"]), x, t) for each in (clip, again)]
+        assert torch.equal(*given)
+        assert not any(parameter.requires_grad for parameter in again.parameters())
+        torch.save(clip.text_encoder.state_dict(), tmp_path / "clip_image_enc.pt")
+        with pytest.raises(ModelError, match="missing"):
+            models.load_noisy_clip(tmp_path)
+
+
 class TestFiles:
     @pytest.mark.parametrize("inpaints", [False, True])
     def test_what_is_saved_comes_back_equal(self, tmp_path: Path, inpaints: bool) -> None:
@@ -190,6 +209,45 @@ class TestFiles:
         models.save(tiny_glide(), tmp_path / "small.safetensors")
         with pytest.raises(ModelError, match="no Stable Diffusion checkpoint, but one of GLIDE's networks"):
             read_single_file(tmp_path / "small.safetensors", None, torch.device("cpu"), None)
+
+    def test_an_upsampler_alone_and_one_in_the_base_s_place(self, tmp_path: Path) -> None:
+        models.save(tiny_glide(1, factor=4), tmp_path / "upsample.safetensors")
+        with pytest.raises(ModelError, match=r"upsample\.safetensors and no base"):
+            models.load(tmp_path)
+        models.save(tiny_glide(1, factor=4), tmp_path / "base.safetensors")
+        with pytest.raises(ModelError, match=r"base\.safetensors is an upsampler"):
+            models.load(tmp_path)
+
+    def test_stable_diffusion_s_options_are_refused(self, tmp_path: Path) -> None:
+        models.save(tiny_glide(), tmp_path / "base.safetensors")
+        for source in (tmp_path, tmp_path / "base.safetensors", "glide"):
+            with pytest.raises(ModelError, match="are for Stable Diffusion"):
+                models.load(source, prediction="v_prediction")
+        with pytest.raises(ModelError, match="no layout 'bogus'"):
+            models.save(tiny_glide(), tmp_path / "x.safetensors", "bogus")
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"factor": "2"}, "factor is '2'"),
+            ({"schedule": None}, "schedule is None"),
+            ({"schedule": {"name": "bad"}}, "no schedule 'bad'"),
+            ({"resolution": "x"}, "resolution is 'x'"),
+            ({"unet": {"attention": "nonsense"}}, "no attention is called 'nonsense'"),
+        ],
+    )
+    def test_metadata_of_wrong_kinds(self, tmp_path: Path, change: dict, said: str) -> None:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        models.save(tiny_glide(), tmp_path / "small.safetensors")
+        with safe_open(tmp_path / "small.safetensors", "pt") as file:
+            tensors, described = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        known = json.loads(described["oneword.glide"])
+        change = {key: known[key] | value if key == "unet" else value for key, value in change.items()}
+        save_file(tensors, tmp_path / "x.safetensors", {"oneword.glide": json.dumps(known | change)})
+        with pytest.raises(ModelError, match=said):
+            models.load(tmp_path / "x.safetensors")
 
     def test_a_bare_file_of_no_published_network(self, tmp_path: Path) -> None:
         model = tiny_glide()

@@ -21,7 +21,7 @@ from PIL import Image
 import models
 from inversion import Concept, InversionError
 from models import ModelError
-from tests.tiny import tiny_model
+from tests.tiny import tiny_glide, tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_inversion.py"
 QUICK = {"templates": "emoji", "steps": 4, "batch_size": 4, "learning_rate": 1e-2, "samples": 2}
@@ -240,6 +240,13 @@ def test_a_place_that_cannot_be_written_is_refused(script: ModuleType, config: A
             script.main(replace(config, output=output))
 
 
+def test_an_upsampler_learns_no_word(script: ModuleType, config: Any, tmp_path: Path) -> None:
+    models.save(tiny_glide(factor=2), tmp_path / "upsample.safetensors")
+    with pytest.raises(ModelError, match="is an upsampler, which learns no word"):
+        script.main(replace(config, model=str(tmp_path / "upsample.safetensors")))
+    assert not config.output.exists()
+
+
 def test_what_cannot_be_resumed_is_refused(
     script: ModuleType, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -272,6 +279,7 @@ def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_
     learned = Concept.load(config.output / "frida.safetensors")
     assert learned.placeholder == "<frida>"
     assert (learned.vectors - vectors).abs().max() <= 1.01e-4  # a step of Adam is as long as its rate
+    assert "init" not in learned.metadata              # no words: an upsampler would read the name of the file
     with pytest.raises(InversionError, match="holds 2 vectors, not 3"):
         script.main(replace(config, vectors=3, output=tmp_path / "other"))
 
