@@ -21,7 +21,7 @@ from models.kinds import GLIDE, kind_of
 from models.latent import LatentModel
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 
-EMBEDDED = {name: Path(__file__).parent / "data" / name for name in ("emoji", "emoji-glide")}
+EMBEDDED = {"emoji": Path(__file__).parent / "data" / "emoji"}
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
 ) -> LatentModel | GlideModel:
     """Load a model, frozen and ready to use.
 
-    source: the name "emoji" or "emoji-glide"; "glide" or "glide-inpaint", fetched once from OpenAI; a folder
+    source: the name "emoji"; "glide" or "glide-inpaint", fetched once from OpenAI; a folder
     in the diffusers layout, or of GLIDE's base and upsample (.safetensors or .pt); a single .safetensors or .ckpt
     file as CompVis and Stability publish them; one of GLIDE's files, base.pt for example; or a hub id such as
     "stable-diffusion-v1-5/stable-diffusion-v1-5".

@@ -1,6 +1,6 @@
 """Does it matter what a new word starts from? One word, ten copies of it, and a phrase, on the same validation set.
 
-    python scripts/compare_starts.py --model emoji-glide
+    python scripts/compare_starts.py --model runs/glide/model.safetensors
 
 The article's question: is "<frida>" better begun as "dog", as ten times "dog", or as "large white and light brownish
 retriever dog"? Each start is trained once a seed, as train_inversion.py would. A table is printed: the fixed
@@ -35,7 +35,7 @@ class Config:
     output: a JSON file for the numbers.
     """
 
-    model: str = "emoji-glide"
+    model: str = "emoji"
     images: Path = EXAMPLE
     token: str = "<poodle>"
     name: str = "poodle"

@@ -31,7 +31,7 @@ class Config:
     prompt: tuple[str, ...]
     """What to draw: one or several."""
     model: str = "emoji"
-    """emoji, emoji-glide, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
+    """emoji, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
     negative: str = ""
     """What to keep away from."""
     count: int = 1

@@ -38,7 +38,7 @@ EXAMPLE = Path(inversion.__file__).parent / "data" / "poodle"
 @dataclass
 class Config:
     model: str = "emoji"
-    """emoji, emoji-glide, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
+    """emoji, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
     images: Path = EXAMPLE
     """A folder of images; a .txt beside an image, of the same stem, is its caption."""
     token: str = "<poodle>"
@@ -107,7 +107,7 @@ class Recipe:
 
 RECIPES = {
     "emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4),
-    "emoji-glide": Recipe(400, 16, 1, 1e-2, 32, "emoji", "an emoji of {}", 4),
+    "emoji-glide": Recipe(100, 16, 1, 2e-2, 32, "emoji", "an emoji of {}", 4),
     "glide": Recipe(3000, 4, 1, 5e-3, 8, "object", "a photo of {}", 1),
 }
 PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 1)
