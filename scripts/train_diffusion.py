@@ -48,8 +48,8 @@ class Config:
     """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line. vae: the output of train_vae.py.
 
     size: of the images, reduced to it by averaging; None as they are. factor: how many times an upsampler enlarges.
-    model_channels: of the first level, better 64 and more. The norms have 32 groups; of one channel each they take every
-    channel's mean away, and the network can say nothing of a mean colour (seen with 32: the seed decided on it).
+    model_channels: of the first level, better 64 and more. The norms have 32 groups; of one channel each they take
+    every mean away, and the network can say nothing of the mean colour (seen with 32: the seed decided on it).
     text_steps: of the text transformer alone, with 64 captions each. caption_dropout: the probability of the empty
     prompt. dtype: of the networks; masters are float32.
     """
