@@ -94,4 +94,4 @@ def encode_prompts(model: Any, prompts: Sequence[str], concept: Concept | None) 
 
 
 def _rows(feature: Tensor, which: Tensor) -> Tensor:
-    return feature[which.to(feature.device)]
+    return feature.index_select(0, which.to(feature.device))  # advanced indexing adds its gradients in any order
