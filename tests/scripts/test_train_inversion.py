@@ -64,7 +64,7 @@ def command(folder: Path, **flags: object) -> subprocess.Popen:
     given = [text for key, value in flags.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *given], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"},     # two may run at once
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),     # ignored by what runs in the background
     )  # fmt: skip
 
