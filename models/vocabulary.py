@@ -66,7 +66,12 @@ def learn(captions: Iterable[str], size: int) -> Vocabulary:
     from tokenizers import trainers
 
     bpe = byte_pair_encoder(Vocabulary({BEGIN: 0, END: 1}, []))
-    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix=WORD_END, show_progress=False)
+    # Pairs that are equally frequent are merged in the order of their parts' ids. The trainer would give the word-end
+    # characters theirs as it meets them, in an order that differs from run to run; named here, they have one.
+    ends = [character + WORD_END for character in byte_characters()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix=WORD_END, special_tokens=ends, show_progress=False
+    )
     bpe.train_from_iterator(captions, trainer)
     # The trainer counts only the bytes that it met, so it may learn more merges than there is room for; a
     # merge needs earlier ones only, so the list can be cut anywhere.

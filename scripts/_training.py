@@ -24,6 +24,7 @@ from models import ModelError
 class Trainer:
     """AdamW on float32 master weights of networks that compute in another dtype, with their moving average.
 
+    best: the lowest held-out loss so far; the caller's, kept with the rest.
     muon: which weights, by their names, are Muon's instead (see `_muon`): the matrices of hidden layers.
     Learning rate: linear warm-up, then half a cosine to zero. The average's decay starts low, (1 + k) / (10 + k),
     so that it forgets the random start. Gradients are clipped to norm 1.
@@ -42,6 +43,7 @@ class Trainer:
         self.optimizers = [torch.optim.AdamW(of[False], lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
         self.optimizers += [Muon(of[True], lr=lr)] if of[True] else []
         self.lr, self.steps, self.warmup, self.decay, self.step, self.failed = lr, steps, warmup, decay, 0, 0
+        self.best = math.inf
 
     def update(self, loss: Tensor) -> float:
         """One optimiser step down the gradient of `loss` (a scalar). Returns its value.
@@ -79,7 +81,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Everything a resumed run needs, written beside `path` and renamed."""
         state = {"step": self.step, "names": self.names, "optimizers": [each.state_dict() for each in self.optimizers]}
-        state |= {"master": [p.detach() for p in self.master], "average": self.average}
+        state |= {"best": self.best, "master": [p.detach() for p in self.master], "average": self.average}
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, beside := path.with_name(path.name + ".part"))
         os.replace(beside, path)
@@ -99,7 +101,7 @@ class Trainer:
                     mine.copy_(theirs)
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        self.step = state["step"]
+        self.step, self.best = state["step"], state["best"]
         self.put(self.master)
 
 

@@ -15,13 +15,18 @@ captions differ in a few of 32 tokens, and the noise in the gradient hides them.
 Captions are replaced by the empty prompt with a set probability, so that the one network learns the conditional and
 the unconditional score and can guide itself (Ho & Salimans 2022). Matrices learn by Muon, the rest by AdamW: from one
 checkpoint, 200 steps of it left a training loss of 0.3145 where AdamW alone left 0.3237, at a third more time a step.
-The weights that are written are an exponential moving average. Interrupted with Ctrl-C it saves first; with --resume
-it continues with the same numbers bit for bit.
+The weights that are written are an exponential moving average; with held-out pictures, that of the save whose loss on
+them was the lowest. (They are shown without captions, whose words the model may not have met; the loss rises when it
+begins to know its own pictures by heart.) Interrupted with Ctrl-C it saves first; with --resume it continues with the
+same numbers bit for bit.
 """
 
 import json
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +34,12 @@ import numpy as np
 import torch
 from _command import run
 from _runs import new_folder, resumed
-from _training import Trainer, require_sense, run_steps
+from _training import Trainer, generator, require_sense, run_steps
 from _untrained import glide_model, latent_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 import models
 from diffusion import Schedule, hybrid_loss, mse, target
@@ -47,6 +53,7 @@ Model = GlideModel | LatentModel
 class Config:
     """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line. vae: the output of train_vae.py.
 
+    held_out: such a folder of pictures to judge by: of all saves, the weights that know them best are written.
     size: of the images, reduced to it by averaging; None as they are. factor: how many times an upsampler enlarges.
     model_channels: of the first level, better 64 and more. The norms have 32 groups; of one channel each they take
     every mean away, and the network can say nothing of the mean colour (seen with 32: the seed decided on it).
@@ -55,6 +62,7 @@ class Config:
     """
 
     data: Path
+    held_out: Path | None = None
     vae: Path | None = None
     output: Path = Path("runs/emoji")
     size: int | None = None
@@ -137,6 +145,41 @@ class Captions:
         return Tokens(ids, torch.where(dropped, self.empty.mask, self.mask[which, form]), [""] * len(which))
 
 
+@dataclass
+class Pictures:
+    """Images as a network is taught them: moments (N, ...), what an upsampler is shown (N, 3, h, w), and captions."""
+
+    moments: Tensor
+    small: Tensor | None
+    captions: Captions
+
+    @classmethod
+    def of(cls, model: Model, images: Tensor, small: Tensor | None, rows: list[dict]) -> "Pictures":
+        """From images (N, 3, H, W) and their rows."""
+        moments = torch.cat([model.moments(batch) for batch in images.split(64)])
+        captions = Captions(model.tokenizer, [row["captions"] for row in rows])
+        return cls(moments, small, captions)
+
+    def loss(self, model: Model, schedule: Schedule, b: int, g: torch.Generator, dropout: float) -> Tensor:
+        """The mean loss of b images drawn at random, each with a caption, a time and noise."""
+        which = torch.randint(len(self.moments), (b,), generator=g)
+        tokens = self.captions.of(which, g, dropout)
+        shape = model.x0_shape(model.resolution, model.resolution)
+        noise = torch.randn(2, b, *shape, generator=g)
+        x0 = model.draw_x0(self.moments[which], noise[0])
+        t = ((torch.rand(b, generator=g) + torch.arange(b)) * (schedule.steps / b)).long()     # one time a stratum
+        x_t = schedule.q_sample(x0, t, noise[1])
+        shown = model if self.small is None else model.given(shape[1:], self.small[which], None, None)
+        output = shown.predict(x_t, t, model.encode_text(tokens))
+        return objective(model, schedule, output, x0, t, noise[1]).mean()
+
+    @torch.no_grad()
+    def fixed_loss(self, model: Model, schedule: Schedule) -> float:
+        """The loss without captions over 512 draws that are always the same."""
+        losses = [self.loss(model, schedule, 64, generator(2**30, i), dropout=1.0) for i in range(8)]
+        return torch.stack(losses).mean().item()
+
+
 def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
     """Leave the latents, names and one caption of each training image beside the model, for measure_fidelity.py."""
     g = random.Random(0)
@@ -183,11 +226,21 @@ def is_hidden_matrix(name: str, weight: Tensor) -> bool:
     return weight.ndim >= 2 and "embedding" not in name and not outermost
 
 
-def export(model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype) -> None:
-    """Write the model with averaged weights, in float16, and go on training where we were."""
+def export(
+    model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype, judge: Callable[[], float] | None
+) -> None:
+    """Write the model with averaged weights, in float16, and go on training where we were.
+
+    judge: the loss of held-out pictures, which then decides: only if it is lower than ever is anything written.
+    """
     model.unet.float(), model.text.float()                           # the average is float32, and so rounded once
     trainer.put(trainer.average)
-    models.save(model, folder, dtype=torch.float16)
+    held_out = judge() if judge else -math.inf
+    if judge:
+        tqdm.write(f"step {trainer.step}: held-out loss {held_out:.4f}, the best before {trainer.best:.4f}")
+    if held_out < trainer.best or not judge:
+        trainer.best = held_out
+        models.save(model, folder, dtype=torch.float16)
     model.unet.to(dtype), model.text.to(dtype)
     trainer.put(trainer.master)
 
@@ -203,13 +256,17 @@ def main(config: Config) -> None:
     small = reduced(images, config)
     build = glide_model if config.vae is None else latent_model
     model = build(config, [caption for row in rows for caption in row["captions"]], images.shape[-1])
-    shape, schedule = model.x0_shape(*images.shape[2:]), Schedule(**model.schedule)
-    moments = torch.cat([model.moments(batch) for batch in images.split(64)])
-    captions = Captions(model.tokenizer, [row["captions"] for row in rows])
+    schedule = Schedule(**model.schedule)
+    shape, pictures = model.x0_shape(*images.shape[2:]), Pictures.of(model, images, small, rows)
+    judge = None
+    if config.held_out is not None:
+        images, held_rows = read_captioned(config.held_out, images.shape[-1])
+        held_out = Pictures.of(model, images, reduced(images, config), held_rows)
+        judge = partial(held_out.fixed_loss, model, schedule)
 
     checkpoint = config.output / "training.pt"
     if not checkpoint.exists():
-        teach_text(model, captions, moments[:, : shape[0]], config)
+        teach_text(model, pictures.captions, pictures.moments[:, : shape[0]], config)
     dtype = getattr(torch, config.dtype)
     networks = {"unet": model.unet.to(dtype).train(), "text": model.text.to(dtype).train()}
     trainer = Trainer(networks, config.learning_rate, config.steps, 200, 0.9995, muon=is_hidden_matrix)
@@ -217,24 +274,15 @@ def main(config: Config) -> None:
         trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:
-        b = config.batch_size
-        which = torch.randint(len(moments), (b,), generator=g)
-        tokens = captions.of(which, g, config.caption_dropout)
-        noise = torch.randn(2, b, *shape, generator=g)
-        x0 = model.draw_x0(moments[which], noise[0])
-        t = ((torch.rand(b, generator=g) + torch.arange(b)) * (schedule.steps / b)).long()     # one time a stratum
-        x_t = schedule.q_sample(x0, t, noise[1])
-        shown = model if small is None else model.given(shape[1:], small[which], None, None)
-        output = shown.predict(x_t, t, model.encode_text(tokens))
-        return objective(model, schedule, output, x0, t, noise[1]).mean()
+        return pictures.loss(model, schedule, config.batch_size, g, config.caption_dropout)
 
     written = config.output / ("model.safetensors" if config.vae is None else "model")
     for step, _ in run_steps(trainer, checkpoint, loss, config, config.save_every):
         if step % config.save_every == 0 and step < config.steps:
-            export(model, trainer, written, dtype)
-    export(model, trainer, written, dtype)
+            export(model, trainer, written, dtype, judge)
+    export(model, trainer, written, dtype, judge)
     if config.vae is not None:
-        save_training_set(written, moments, rows)
+        save_training_set(written, pictures.moments, rows)
     print(f"wrote {written}")
 
 

@@ -150,6 +150,12 @@ class TestOwnVocabulary:
         assert tokens[-2:] == ["<|startoftext|>", "<|endoftext|>"]
         assert (own.vocab_size, own.length, own.pad) == (530, 16, 529)
 
+    def test_the_same_captions_teach_the_same_merges(self) -> None:
+        # of 400 words of two letters each pair is as frequent as any other: their order alone decides
+        captions = [f"{a}{b}" for a in "abcdefghijklmnopqrst" for b in "abcdefghijklmnopqrst"]
+        learned = [ClipTokenizer.train(captions, 700).vocabulary.merges for _ in range(4)]
+        assert learned[1:] == learned[:1] * 3
+
     def test_learns_the_common_words(self) -> None:
         own = ClipTokenizer.train(CAPTIONS, 600)
         assert all(own.is_word(word) for word in ("dog", "Cat", "snow", "猫", "the"))
