@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import models
 from diffusion import Schedule
-from models import GlideModel
+from models import GlideModel, LatentModel
 from models.text import ClipText
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -214,6 +214,38 @@ def test_what_is_written_is_the_average_not_the_last_weights(data: Path, vae: Pa
     written = models.load(tmp_path / "run" / "model").unet.out[2].bias
     assert torch.equal(written, state["average"][i].half().float())
     assert not torch.equal(written, state["master"][i].half().float())
+
+
+def test_of_all_saves_the_one_that_knows_held_out_pictures_best_is_written(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, losses, averages = script("train_diffusion"), iter([0.5, 0.3, 0.4, 0.35]), []
+
+    def judged(self: object, model: LatentModel, schedule: Schedule) -> float:
+        averages.append(model.unet.out[2].bias.detach().clone())
+        return next(losses)
+
+    monkeypatch.setattr(module.Pictures, "fixed_loss", judged)
+    config = {"held_out": data, "save_every": 1}
+    interrupted_at(module, 3, diffusion_config(data, vae, tmp_path / "run", **config), monkeypatch)
+    module.main(diffusion_config(data, vae, tmp_path / "run", **config, resume=True))       # knows the best so far
+    written = models.load(tmp_path / "run" / "model").unet.out[2].bias
+    assert len(averages) == 4
+    assert torch.equal(written, averages[1].half().float())
+    assert not torch.equal(written, averages[3].half().float())
+
+
+def test_held_out_pictures_are_judged_alike_without_their_captions(data: Path, vae: Path, tmp_path: Path) -> None:
+    module = script("train_diffusion")
+    images, rows = module.read_captioned(data)
+    model = module.latent_model(diffusion_config(data, vae, tmp_path), [c for r in rows for c in r["captions"]], 16)
+    torch.nn.init.normal_(model.unet.out[2].weight)             # it starts as silence, to which every picture is alike
+    schedule, nameless = Schedule(**model.schedule), [row | {"captions": ["another thing"]} for row in rows]
+    known, unknown = (module.Pictures.of(model, images, None, each) for each in (rows, nameless))
+    loss = known.fixed_loss(model, schedule)
+    assert known.fixed_loss(model, schedule) == loss
+    assert unknown.fixed_loss(model, schedule) == loss
+    assert module.Pictures.of(model, -images, None, rows).fixed_loss(model, schedule) != loss
 
 
 def test_captions_are_dropped_with_the_probability_that_was_set(
