@@ -99,10 +99,10 @@ class ImageAttention(nn.Module):
     all keys. The files of openai/guided-diffusion @ 22e0df8, unet.py, have either ("new attention order": the latter).
     """
 
-    def __init__(self, channels: int, heads: int, heads_first: bool) -> None:
+    def __init__(self, channels: int, heads: int, groups: int, heads_first: bool) -> None:
         super().__init__()
         self.heads, self.heads_first = heads, heads_first
-        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
@@ -118,10 +118,10 @@ class JointAttention(nn.Module):
     query, key and value of the first head, then of the second.
     """
 
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
@@ -140,14 +140,14 @@ class SpatialTransformer(nn.Module):
     the same; the shapes in the files are not.
     """
 
-    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, linear_proj: bool) -> None:
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int, depth: int, linear_proj: bool) -> None:
         super().__init__()
 
         def projection() -> nn.Module:
             return nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
 
         self.linear_proj = linear_proj
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = zero(projection())

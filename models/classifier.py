@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.attention import attend, split
 from models.errors import ModelError
 from models.layers import Condition
-from models.unet import NORM_GROUPS, Descent, UNetConfig
+from models.unet import Descent, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Classifier(Descent):
         self.image_size, c = config.image_size, self.channels
         positions = (config.image_size // config.descent.factor) ** 2
         pool = AttentionPool(c, positions, config.descent.heads(c), config.descent.out_channels)
-        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c, eps=1e-5), nn.SiLU(), pool)
+        self.out = nn.Sequential(nn.GroupNorm(self.config.norm_groups, c, eps=1e-5), nn.SiLU(), pool)
 
     @property
     def classes(self) -> int:

@@ -20,7 +20,7 @@ Json = Mapping[str, Any]
 
 UNET_FIXED: Json = {
     "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
-    "norm_eps": 1e-5, "norm_num_groups": 32, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5, "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
     "dual_cross_attention": False, "class_embed_type": None, "encoder_hid_dim": None,
     "encoder_hid_dim_type": None, "addition_embed_type": None, "num_class_embeds": None,
@@ -74,6 +74,7 @@ def read_unet(file: Json, where: str) -> UNetConfig:
             file.get("transformer_layers_per_block", 1), "transformer_layers_per_block", where
         ),
         linear_proj=bool(file.get("use_linear_projection", False)),
+        norm_groups=file.get("norm_num_groups", 32),
     )
 
 
@@ -105,7 +106,8 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
         "layers_per_block": config.num_res_blocks, "attention_head_dim": heads,
         "cross_attention_dim": config.context_dim, "transformer_layers_per_block": config.transformer_depth,
         "use_linear_projection": config.linear_proj, "upcast_attention": config.linear_proj,
-        "act_fn": "silu", "norm_eps": 1e-5, "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0,
+        "act_fn": "silu", "norm_eps": 1e-5, "norm_num_groups": config.norm_groups,
+        "flip_sin_to_cos": True, "freq_shift": 0,
     }  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.errors import ModelError
 from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
 
-NORM_GROUPS = 32
 Attention = Literal["transformer", "joint", "self", "self_legacy"]
 
 
@@ -39,6 +38,8 @@ class UNetConfig:
     without a text "self" and "self_legacy" (guided-diffusion; see ImageAttention's heads_first).
     resblock_updown: residual blocks resample, not convolutions. scale_shift: the time scales and shifts a norm.
     num_classes: how many have a vector that can be added to the time's, or None.
+    norm_groups: of every group norm; 32 in all published networks. Where that leaves a group one channel, the norm
+    erases the channel's mean, and the network can say nothing of an image's mean colour.
     """
 
     in_channels: int = 4
@@ -56,6 +57,7 @@ class UNetConfig:
     resblock_updown: bool = False
     scale_shift: bool = False
     num_classes: int | None = None
+    norm_groups: int = 32
 
     def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.head_channels is None):
@@ -66,7 +68,7 @@ class UNetConfig:
         if self.attention not in typing.get_args(Attention):
             raise ModelError(f"no attention is called {self.attention!r}; there are {typing.get_args(Attention)}")
         for channels in self.channels:
-            of = {"num_heads": self.num_heads, "head_channels": self.head_channels, "groups of a norm": NORM_GROUPS}
+            of = {"num_heads": self.num_heads, "head_channels": self.head_channels, "norm_groups": self.norm_groups}
             for what, divisor in of.items():
                 if divisor is not None and (divisor < 1 or channels % divisor):
                     raise ModelError(f"a level of a UNet has {channels} channels, no multiple of {divisor} ({what})")
@@ -94,15 +96,15 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_out: int, emb_dim: int, scale_shift: bool = False,
+        self, c_in: int, c_out: int, emb_dim: int, groups: int, scale_shift: bool = False,
         resample: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
-        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
+            nn.GroupNorm(groups, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -173,16 +175,17 @@ class Descent(nn.Module):
         return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
 
     def _block(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResBlock:
-        return ResBlock(c_in, c_out, 4 * self.config.model_channels, self.config.scale_shift, resample)
+        config = self.config
+        return ResBlock(c_in, c_out, 4 * config.model_channels, config.norm_groups, config.scale_shift, resample)
 
     def _attention(self, c: int) -> SpatialTransformer | JointAttention | ImageAttention:
         config = self.config
         if config.attention in ("self", "self_legacy"):
-            return ImageAttention(c, config.heads(c), heads_first=config.attention == "self_legacy")
+            return ImageAttention(c, config.heads(c), config.norm_groups, config.attention == "self_legacy")
         if config.attention == "joint":
-            return JointAttention(c, config.context_dim, config.heads(c))
+            return JointAttention(c, config.context_dim, config.heads(c), config.norm_groups)
         return SpatialTransformer(
-            c, config.context_dim, config.heads(c), config.transformer_depth, config.linear_proj
+            c, config.context_dim, config.heads(c), config.norm_groups, config.transformer_depth, config.linear_proj
         )
 
     def _stage(self, c_in: int, c_out: int, level: int) -> Stage:
@@ -207,7 +210,7 @@ class UNet(Descent):
                     stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
+            nn.GroupNorm(config.norm_groups, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
         )
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)

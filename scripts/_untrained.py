@@ -34,7 +34,7 @@ def latent_model(config: Any, captions: Iterable[str], size: int) -> LatentModel
     unet = UNet(
         UNetConfig(
             latent, latent, config.model_channels, config.channel_mult, config.num_res_blocks,
-            config.attention_resolutions, None, config.head_channels, config.text_width,
+            config.attention_resolutions, None, config.head_channels, config.text_width, norm_groups=config.norm_groups,
         )
     )  # fmt: skip
     text = ClipText(
@@ -59,7 +59,7 @@ def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
         UNetConfig(
             3 + 3 * (config.factor > 1), 6, config.model_channels, config.channel_mult, config.num_res_blocks,
             config.attention_resolutions, None, config.head_channels, config.text_width,
-            attention="joint", resblock_updown=True, scale_shift=True,
+            attention="joint", resblock_updown=True, scale_shift=True, norm_groups=config.norm_groups,
         )
     )  # fmt: skip
     text = GlideText(

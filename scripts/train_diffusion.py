@@ -55,8 +55,8 @@ class Config:
 
     held_out: such a folder of pictures to judge by: of all saves, the weights that know them best are written.
     size: of the images, reduced to it by averaging; None as they are. factor: how many times an upsampler enlarges.
-    model_channels: of the first level, better 64 and more. The norms have 32 groups; of one channel each they take
-    every mean away, and the network can say nothing of the mean colour (seen with 32: the seed decided on it).
+    norm_groups: of every norm, with at least two, better four, of the model_channels in each; one channel alone would
+    lose its mean, and the network could say nothing of the mean colour (seen: the seed decided on it).
     text_steps: of the text transformer alone, with 64 captions each. caption_dropout: the probability of the empty
     prompt. dtype: of the networks; masters are float32.
     """
@@ -72,6 +72,7 @@ class Config:
     num_res_blocks: int = 1
     attention_resolutions: tuple[int, ...] = (2,)
     head_channels: int = 64
+    norm_groups: int = 32
     vocab_size: int = 1500
     context_length: int = 32
     text_width: int = 160

@@ -116,6 +116,17 @@ class TestAgainstDiffusers:
             theirs = peer.unet(x_t, t, context).sample
         assert off(ours.predict(x_t, t, models.TextFeatures(context)), theirs) < AGREEMENT
 
+    def test_unet_of_other_norms(self, copy: Path, tmp_path: Path) -> None:
+        file = copy / "unet" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"norm_num_groups": 4}))
+        models.save(models.load(copy, dtype=torch.float64, device="cpu"), tmp_path / "again")
+        ours = models.load(tmp_path / "again", device="cpu")
+        peer = diffusers.UNet2DConditionModel.from_pretrained(copy / "unet").double().eval()
+        x_t, t, context = torch.randn(2, 4, 8, 8).double(), torch.tensor([3, 977]), torch.randn(2, 16, 48).double()
+        with torch.no_grad():
+            theirs = peer(x_t, t, context).sample
+        assert off(ours.predict(x_t, t, models.TextFeatures(context)), theirs) < AGREEMENT
+
     def test_moments(self, ours: LatentModel, peer: Pipeline) -> None:
         images = torch.rand(2, 3, 16, 24).double() * 2 - 1
         with torch.no_grad():
