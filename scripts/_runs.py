@@ -78,8 +78,10 @@ def write_json(file: Path, content: Any) -> None:
 
 def _from_anywhere(value: Any) -> Any:
     """A flag that means the same in every working folder: a path, or text that names one that is there, is absolute."""
-    if isinstance(value, str) and os.sep in value and Path(value).exists():
-        return str(Path(value).absolute())
+    if isinstance(value, str):
+        word, file = word_and_file(value)
+        if os.sep in str(file) and file.exists():
+            return str(file.absolute()) if word is None else f"{word}={file.absolute()}"
     return value.absolute() if isinstance(value, Path) else value
 
 

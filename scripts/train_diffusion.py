@@ -51,8 +51,9 @@ Model = GlideModel | LatentModel
 
 @dataclass
 class Config:
-    """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line. vae: the output of train_vae.py.
+    """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line, which a new run needs.
 
+    vae: the output of train_vae.py. With --resume every flag is the interrupted run's.
     held_out: such a folder of pictures to judge by: of all saves, the weights that know them best are written.
     size: of the images, reduced to it by averaging; None as they are. factor: how many times an upsampler enlarges.
     norm_groups: of every norm, with at least two, better four, of the model_channels in each; one channel alone would
@@ -61,7 +62,7 @@ class Config:
     prompt. dtype: of the networks; masters are float32.
     """
 
-    data: Path
+    data: Path | None = None
     held_out: Path | None = None
     vae: Path | None = None
     output: Path = Path("runs/emoji")
@@ -253,6 +254,8 @@ def main(config: Config) -> None:
         config = resumed(config.output, config)
     else:
         new_folder(config.output, "diffusion", "the same command and --resume")
+    if config.data is None:
+        raise ModelError("say what to learn from: --data FOLDER, of images with a captions.jsonl")
     images, rows = read_captioned(config.data, config.size)
     small = reduced(images, config)
     build = glide_model if config.vae is None else latent_model

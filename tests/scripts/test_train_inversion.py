@@ -266,7 +266,9 @@ def test_a_run_is_resumed_from_another_folder(
     script: ModuleType, config: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    script.main(replace(config, model=f"{folder.name}/model", samples=0, steps=2))
+    Concept("<old>", torch.randn(2, 32)).save(folder / "old.safetensors")
+    relative = {"model": f"{folder.name}/model", "init": f"<old>={folder.name}/old.safetensors"}
+    script.main(replace(config, samples=0, steps=2, **relative))
     monkeypatch.chdir(tmp_path)
     script.main(script.Config(resume=config.output))
 

@@ -195,6 +195,11 @@ def test_an_upsampler_that_cannot_be(data: Path, tmp_path: Path, more: dict) -> 
         script("train_diffusion").main(diffusion_config(data, more.pop("vae", None), tmp_path / "run", size=8, **more))
 
 
+def test_a_new_run_says_what_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="--data"):
+        script("train_diffusion").main(diffusion_config(None, None, tmp_path / "run"))
+
+
 def test_the_variance_is_trained_on_the_bound_and_eps_is_not() -> None:
     module, schedule = script("train_diffusion"), Schedule("squaredcos_cap_v2")
     output = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
