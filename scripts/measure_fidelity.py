@@ -49,7 +49,7 @@ def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
         raise ModelError(f"{folder} has no training_latents.safetensors: name a folder that train_diffusion.py wrote")
     with safe_open(folder / "training_latents.safetensors", "pt") as file:
         described = json.loads(file.metadata()["rows"])
-        return file.get_tensor("latents").float(), [r["name"] for r in described], [r["caption"] for r in described]
+        return file.get_tensor("latents") / 16, [r["name"] for r in described], [r["caption"] for r in described]
 
 
 def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: list[str]) -> Tensor:

@@ -46,7 +46,7 @@ class Config:
     init: str = "dog"
     """A word or phrase to start from, or the file of a concept; WORD=FILE if it holds several."""
     vectors: int | None = None
-    """How many vectors the word has; None takes one a token of --init, with emoji at least four."""
+    """How many vectors the word has; None takes one a token of --init, with emoji at least eight."""
     name: str | None = None
     """The concept in plain words, to compare with and to name the files; None strips the token."""
     templates: str | None = None
@@ -106,7 +106,7 @@ class Recipe:
 
 
 RECIPES = {
-    "emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 4),
+    "emoji": Recipe(320, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 8),
     "emoji-glide": Recipe(100, 16, 1, 2e-2, 32, "emoji", "an emoji of {}", 4),
     "glide": Recipe(3000, 4, 1, 5e-3, 8, "object", "a photo of {}", 1),
 }
