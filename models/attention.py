@@ -1,8 +1,6 @@
-"""Attention, and the two ways in which an image reads a text.
+"""The two ways in which an image reads a text, and how it looks at itself without one.
 
-    softmax(q k^T / sqrt(d)) v                                              (Vaswani et al. 2017, eq. 1)
-
-Both treat the h*w positions of a feature map as tokens. A spatial transformer has self-attention among them,
+All treat the h*w positions of a feature map as tokens. A spatial transformer has self-attention among them,
 cross-attention to the context and a gated feed-forward, each with its own layer norm and residual (Rombach et al.
 2022, appendix E.2.1). Joint attention is one attention over the context and the positions together (Nichol et al.
 2022, section 3).
@@ -13,22 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.attend import AttentionKind, attend
 from models.layers import Condition, zero
-from models.sliced_attention import sliced_attention
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention over already projected tokens; the softmax is accumulated in float32.
-
-    q: (B, N, heads*d); k, v: (B, M, heads*d). Returns (B, N, heads*d) in q's dtype.
-    causal: position i sees positions up to i only (text transformers); needs N == M.
-    torch's fused kernel does the work, except in bfloat16 on a CPU, where it gains nothing over float32 and two
-    matrix products over slices take less than half its time.
-    """
-    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    sliced = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    out = sliced_attention(q, k, v, causal) if sliced else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return rearrange(out, "b h n d -> b n (h d)")
 
 
 class Attention(nn.Module):
@@ -42,8 +26,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:                        # (B, N, C), (B, L, D)
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+    def forward(self, x: Tensor, context: Tensor, kind: AttentionKind = "auto") -> Tensor:    # (B, N, C), (B, L, D)
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, kind=kind))
 
 
 class GEGLU(nn.Module):
@@ -79,11 +63,20 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, context_dim, heads)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:                        # (B, N, C), (B, L, D)
-        y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, N, C)
+        def look(x: Tensor) -> Tensor:
+            y = self.norm1(x)
+            return x + self.attn1(y, y, cond.attention)
+
+        def read(x: Tensor, context: Tensor) -> Tensor:
+            return x + self.attn2(self.norm2(x), context, cond.attention)
+
+        def think(x: Tensor) -> Tensor:
+            return x + self.ff(self.norm3(x))
+
+        x = cond.run("attention", self, look, x)
+        x = cond.run("attention", self, read, x, cond.context)
+        return cond.run("attention", self, think, x)
 
 
 def split(x: Tensor, heads: int, parts: int, heads_first: bool = True) -> Tensor:
@@ -107,8 +100,11 @@ class ImageAttention(nn.Module):
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3, self.heads_first)    # (B, h*w, C) each
-        return x + self.proj_out(attend(q, k, v, self.heads).transpose(1, 2)).view_as(x)
+        def look(x: Tensor) -> Tensor:
+            q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3, self.heads_first)    # (B, h*w, C) each
+            return x + self.proj_out(attend(q, k, v, self.heads, kind=cond.attention).transpose(1, 2)).view_as(x)
+
+        return cond.run(cond.checkpointing, self, look, x)
 
 
 class JointAttention(nn.Module):
@@ -127,10 +123,13 @@ class JointAttention(nn.Module):
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3)           # (B, h*w, C) each
-        text_k, text_v = split(self.encoder_kv(cond.context.transpose(1, 2)), self.heads, 2)   # (B, L, C) each
-        out = attend(q, torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1), self.heads)
-        return x + self.proj_out(out.transpose(1, 2)).view_as(x)
+        def look(x: Tensor, context: Tensor) -> Tensor:
+            q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3)       # (B, h*w, C) each
+            text_k, text_v = split(self.encoder_kv(context.transpose(1, 2)), self.heads, 2)    # (B, L, C) each
+            k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)     # (B, L + h*w, C)
+            return x + self.proj_out(attend(q, k, v, self.heads, kind=cond.attention).transpose(1, 2)).view_as(x)
+
+        return cond.run(cond.checkpointing, self, look, x, cond.context)
 
 
 class SpatialTransformer(nn.Module):
@@ -153,10 +152,13 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero(projection())
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        tokens = self._tokens(self.proj_in, self.norm(x))                           # (B, h*w, C)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, cond.context)
-        return x + self._map(self.proj_out, tokens, x.shape[-2])
+        def transform(x: Tensor, context: Tensor) -> Tensor:
+            tokens = self._tokens(self.proj_in, self.norm(x))                       # (B, h*w, C)
+            for block in self.transformer_blocks:
+                tokens = block(tokens, cond._replace(context=context))
+            return x + self._map(self.proj_out, tokens, x.shape[-2])
+
+        return cond.run("blocks", self, transform, x, cond.context)
 
     def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
         if self.linear_proj:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import attend, split
+from models.attend import attend
+from models.attention import split
 from models.errors import ModelError
 from models.layers import Condition
 from models.unet import NORM_GROUPS, Descent, UNetConfig

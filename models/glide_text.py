@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend
 from models.text import TextFeatures, require_heads, token_vectors
 
 

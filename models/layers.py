@@ -6,22 +6,37 @@ the VAE, and the wrong one shows as soon as activations are small.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attend import AttentionKind
+from models.checkpointing import Checkpointing, checkpoint
+
 
 class Condition(NamedTuple):
     """What every layer of a UNet is told beside its input.
 
-    emb:     (B, E) embedding of the time (and of whatever else is pooled into one vector).
-    context: (B, L, D) text features for cross-attention, or None.
+    emb:           (B, E) embedding of the time (and of whatever else is pooled into one vector).
+    context:       (B, L, D) text features for cross-attention, or None.
+    checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
+                   attention and each feed-forward; "blocks", each residual block and each transformer.
+    attention:     the kernel: "sliced", "fused", or "auto" for the faster one.
     """
 
     emb: Tensor
     context: Tensor | None
+    checkpointing: Checkpointing = "none"
+    attention: AttentionKind = "auto"
+
+    def run(self, level: Checkpointing, part_of: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """function(*inputs), a part of a module; as a checkpoint if that level is asked for."""
+        if level == "none" or level != self.checkpointing:
+            return function(*inputs)
+        return checkpoint(function, *inputs, weights=part_of.parameters())
 
 
 def timestep_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:

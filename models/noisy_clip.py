@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend
 from models.tokenizer import ClipTokenizer
 
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)     # of 0..255, as CLIP has them

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend
 from models.errors import ModelError
 
 

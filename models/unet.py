@@ -15,12 +15,14 @@ Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
+from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
 
@@ -86,6 +88,12 @@ class UNetConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
+def require_choice(what: str, value: str, choices: Any) -> None:
+    """Raise ModelError unless a value is one of a Literal's."""
+    if value not in typing.get_args(choices):
+        raise ModelError(f"{what} is one of {', '.join(typing.get_args(choices))}; {value!r} is none of them")
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the time enters in between. (B, C_in, h, w) -> (B, C_out, h, w).
 
@@ -107,9 +115,12 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        return cond.run("blocks", self, self._block, x, cond.emb)
+
+    def _block(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))
-        emb = self.emb_layers(cond.emb)[:, :, None, None]                                      # (B, C_out (· 2), 1, 1)
+        emb = self.emb_layers(emb)[:, :, None, None]                                           # (B, C_out (· 2), 1, 1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
@@ -212,16 +223,22 @@ class UNet(Descent):
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None,
+        checkpointing: Checkpointing = "none", attention: AttentionKind = "auto",
+    ) -> Tensor:  # fmt: skip
         """One look at a noisy image.
 
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
         t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim), where the attention reads one.
         pooled: (B, 4 * model_channels), a text (GLIDE) or a class in one vector, added to the time's, or None.
-        Returns the raw prediction (B, out_channels, h, w) in x's dtype.
+        checkpointing, attention: how, see `Condition`; every choice has the same answer and the same gradients.
+        Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none.
         """
+        require_choice("checkpointing", checkpointing, Checkpointing)
+        require_choice("attention", attention, AttentionKind)
         emb = self.embedded(t, x.dtype)                                                        # (B, E)
-        cond = Condition(emb if pooled is None else emb + pooled, context)
+        cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, cond)

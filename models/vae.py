@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend
 from models.layers import Upsample, conv3x3
 
 
