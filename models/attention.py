@@ -7,16 +7,18 @@ cross-attention to the context and a gated feed-forward, each with its own layer
 """
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from models.attend import AttentionKind, attend
-from models.layers import Condition, zero
+from models.attend import AttentionKind, attend, by_head, split
+from models.frozen import geglu
+from models.layers import Condition, Conv2d, GroupNorm, Pointwise, map_of, plus, tokens_of, zero
 
 
 class Attention(nn.Module):
-    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does."""
+    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does.
+
+    What forward returns is what the heads found; `to_out` is left to the caller, see TransformerBlock.
+    """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -27,7 +29,8 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, kind: AttentionKind = "auto") -> Tensor:    # (B, N, C), (B, L, D)
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, kind=kind))
+        q, k, v = (by_head(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return attend(q, k, v, kind=kind)
 
 
 class GEGLU(nn.Module):
@@ -38,23 +41,30 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back. (The published names leave a gap at net.1 for a dropout.)"""
+    """GEGLU to four times the width, `widen`, and back, `narrow`. (The published names leave a gap for a dropout.)"""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:                                         # (B, N, C)
-        return self.net(x)
+    def widen(self, x: Tensor) -> Tensor:                                           # (B, N, C) -> (B, N, 4C)
+        return self.net[0](x)
+
+    def narrow(self, x: Tensor) -> Tensor:                                          # (B, N, 4C) -> (B, N, C)
+        return self.net[2](x)
 
 
 class TransformerBlock(nn.Module):
-    """Look around, read the text, think: three residual branches, each behind a layer norm."""
+    """Look around, read the text, think: three residual branches, each behind a layer norm.
+
+    The linear layer that ends a branch stands outside of its checkpoint: frozen, it keeps nothing anyway, and so it is
+    not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
+    forward is `last` of `all_but_the_last`.
+    """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -64,25 +74,25 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, N, C)
+        return self.last(*self.all_but_the_last(x, cond))
+
+    def all_but_the_last(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:    # (B, N, C), (B, N, 4C)
         def look(x: Tensor) -> Tensor:
             y = self.norm1(x)
-            return x + self.attn1(y, y, cond.attention)
+            return self.attn1(y, y, cond.attention)
 
         def read(x: Tensor, context: Tensor) -> Tensor:
-            return x + self.attn2(self.norm2(x), context, cond.attention)
+            return self.attn2(self.norm2(x), context, cond.attention)
 
         def think(x: Tensor) -> Tensor:
-            return x + self.ff(self.norm3(x))
+            return self.ff.widen(self.norm3(x))
 
-        x = cond.run("attention", self, look, x)
-        x = cond.run("attention", self, read, x, cond.context)
-        return cond.run("attention", self, think, x)
+        x = plus(self.attn1.to_out(cond.run("attention", self, look, x)), x)
+        x = plus(self.attn2.to_out(cond.run("attention", self, read, x, cond.context)), x)
+        return x, cond.run("attention", self, think, x)
 
-
-def split(x: Tensor, heads: int, parts: int, heads_first: bool = True) -> Tensor:
-    """A projection (B, heads*parts*d, N) in `parts` tensors (B, N, heads*d), of the order in which it is stored."""
-    stored = "(h p d)" if heads_first else "(p h d)"
-    return rearrange(x, f"b {stored} n -> p b n (h d)", h=heads, p=parts)
+    def last(self, x: Tensor, thought: Tensor) -> Tensor:
+        return plus(self.ff.narrow(thought), x)
 
 
 class ImageAttention(nn.Module):
@@ -95,16 +105,17 @@ class ImageAttention(nn.Module):
     def __init__(self, channels: int, heads: int, heads_first: bool) -> None:
         super().__init__()
         self.heads, self.heads_first = heads, heads_first
-        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.norm = GroupNorm(32, channels, eps=1e-5)
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.proj_out = zero(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
         def look(x: Tensor) -> Tensor:
-            q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3, self.heads_first)    # (B, h*w, C) each
-            return x + self.proj_out(attend(q, k, v, self.heads, kind=cond.attention).transpose(1, 2)).view_as(x)
+            q, k, v = split(self.qkv(tokens_of(self.norm(x))), self.heads, 3, self.heads_first)
+            return attend(q, k, v, kind=cond.attention)                             # (B, h*w, C)
 
-        return cond.run(cond.checkpointing, self, look, x)
+        out = cond.run(cond.checkpointing, self, look, x)
+        return plus(map_of(self.proj_out(out), x.shape[2]), x)
 
 
 class JointAttention(nn.Module):
@@ -117,19 +128,20 @@ class JointAttention(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.norm = GroupNorm(32, channels, eps=1e-5)
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.encoder_kv = Pointwise(context_dim, 2 * channels, 1)
+        self.proj_out = zero(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
         def look(x: Tensor, context: Tensor) -> Tensor:
-            q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3)       # (B, h*w, C) each
-            text_k, text_v = split(self.encoder_kv(context.transpose(1, 2)), self.heads, 2)    # (B, L, C) each
-            k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)     # (B, L + h*w, C)
-            return x + self.proj_out(attend(q, k, v, self.heads, kind=cond.attention).transpose(1, 2)).view_as(x)
+            q, k, v = split(self.qkv(tokens_of(self.norm(x))), self.heads, 3)       # (B, h*w, H, d) each
+            text_k, text_v = split(self.encoder_kv(context), self.heads, 2)         # (B, L, H, d) each
+            k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
+            return attend(q, k, v, kind=cond.attention)                             # (B, h*w, C)
 
-        return cond.run(cond.checkpointing, self, look, x, cond.context)
+        out = cond.run(cond.checkpointing, self, look, x, cond.context)
+        return plus(map_of(self.proj_out(out), x.shape[2]), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -143,29 +155,33 @@ class SpatialTransformer(nn.Module):
         super().__init__()
 
         def projection() -> nn.Module:
-            return nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
+            return nn.Linear(channels, channels) if linear_proj else Conv2d(channels, channels, 1)
 
         self.linear_proj = linear_proj
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(32, channels, eps=1e-6)
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = zero(projection())
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        def transform(x: Tensor, context: Tensor) -> Tensor:
-            tokens = self._tokens(self.proj_in, self.norm(x))                       # (B, h*w, C)
-            for block in self.transformer_blocks:
-                tokens = block(tokens, cond._replace(context=context))
-            return x + self._map(self.proj_out, tokens, x.shape[-2])
+        *blocks, last = self.transformer_blocks
 
-        return cond.run("blocks", self, transform, x, cond.context)
+        def transform(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            tokens = self._tokens(self.proj_in, self.norm(x))                       # (B, h*w, C)
+            inner = cond._replace(context=context)
+            for block in blocks:
+                tokens = block(tokens, inner)
+            return last.all_but_the_last(tokens, inner)
+
+        tokens = last.last(*cond.run("blocks", self, transform, x, cond.context))
+        return plus(self._map(self.proj_out, tokens, x.shape[-2]), x)
 
     def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
         if self.linear_proj:
-            return project(rearrange(x, "b c h w -> b (h w) c"))
-        return rearrange(project(x), "b c h w -> b (h w) c")
+            return project(tokens_of(x))
+        return tokens_of(project(x))
 
     def _map(self, project: nn.Module, tokens: Tensor, height: int) -> Tensor:
         if self.linear_proj:
-            return rearrange(project(tokens), "b (h w) c -> b c h w", h=height)
-        return project(rearrange(tokens, "b (h w) c -> b c h w", h=height))
+            return map_of(project(tokens), height)
+        return project(map_of(tokens, height))

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from models.attend import attend
+from models.attend import attend, split
 from models.text import TextFeatures, require_heads, token_vectors
 
 
@@ -43,8 +42,7 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
-        q, k, v = rearrange(self.c_qkv(x), "b n (h p d) -> p b n (h d)", h=self.heads, p=3)
-        return self.c_proj(attend(q, k, v, self.heads))
+        return self.c_proj(attend(*split(self.c_qkv(x), self.heads, 3)))
 
 
 class MLP(nn.Module):

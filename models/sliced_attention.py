@@ -52,7 +52,7 @@ class _SlicedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.causal, ctx.heads, ctx.rows = causal, heads, rows
-        out = torch.empty_like(q)
+        out = empty_tokens(q)
         for i in some_heads(q, heads):
             scaled = q[i] * q.shape[-1] ** -0.5                                                # (h, N, d)
             for j in range(0, q.shape[2], rows):
@@ -65,7 +65,7 @@ class _SlicedAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v), (need_q, need_k, need_v, *_) = ctx.saved_tensors, ctx.needs_input_grad
         scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), ctx.needs_input_grad))
+        dq, dk, dv = (empty_tokens(x) if need else None for x, need in zip((q, k, v), ctx.needs_input_grad))
         for i in some_heads(q, ctx.heads):
             scaled, sum_k, sum_v = q[i] * scale, 0, 0                                          # the sums: (h, d, M)
             for j in range(0, q.shape[2], ctx.rows):
@@ -83,6 +83,11 @@ class _SlicedAttention(torch.autograd.Function):
                 if gradient is not None:
                     gradient[i] = total.mT
         return dq, dk, dv, None, None, None
+
+
+def empty_tokens(x: Tensor) -> Tensor:
+    """As x (B, H, N, d), with the heads of a token side by side in memory, where what comes next wants them."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def some_heads(q: Tensor, heads: int) -> Iterator[tuple[int, slice]]:

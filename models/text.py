@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attend import attend
+from models.attend import attend, by_head
 from models.errors import ModelError
 
 
@@ -92,7 +92,8 @@ class SelfAttention(nn.Module):
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+        q, k, v = (by_head(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, causal=True))
 
 
 class MLP(nn.Module):

@@ -24,7 +24,18 @@ from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
-from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
+from models.layers import (
+    Condition,
+    Conv2d,
+    NormSiLU,
+    Upsample,
+    conv3x3,
+    half,
+    plus,
+    timestep_embedding,
+    twice,
+    zero,
+)  # fmt: skip
 
 NORM_GROUPS = 32
 Attention = Literal["transformer", "joint", "self", "self_legacy"]
@@ -107,26 +118,23 @@ class ResBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
-        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
+        self.in_layers = nn.Sequential(NormSiLU(NORM_GROUPS, c_in, eps=1e-5), nn.Identity(), conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
+            NormSiLU(NORM_GROUPS, c_out, eps=1e-5), nn.Identity(), nn.Identity(), zero(conv3x3(c_out, c_out))
         )
-        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        return cond.run("blocks", self, self._block, x, cond.emb)
+        def before_the_last(x: Tensor, emb: Tensor) -> Tensor:
+            h = first_conv(self.resample(first_norm(x)))
+            emb = self.emb_layers(emb)[:, :, None, None]                                       # (B, C_out (· 2), 1, 1)
+            return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
 
-    def _block(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, silu, conv = self.in_layers
-        h = conv(self.resample(silu(norm(x))))
-        emb = self.emb_layers(emb)[:, :, None, None]                                           # (B, C_out (· 2), 1, 1)
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-        else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(self.resample(x)) + h
+        first_norm, _, first_conv = self.in_layers
+        norm, _, _, conv = self.out_layers
+        h = conv(cond.run("blocks", self, before_the_last, x, cond.emb))
+        return plus(h, self.skip_connection(self.resample(x)))
 
 
 class Downsample(nn.Module):
@@ -140,7 +148,7 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
-class Stem(nn.Conv2d):
+class Stem(Conv2d):
     """The first convolution; it takes the condition like every other layer and has no use for it."""
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
@@ -218,7 +226,7 @@ class UNet(Descent):
                     stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
+            NormSiLU(NORM_GROUPS, c, eps=1e-5), nn.Identity(), zero(conv3x3(c, config.out_channels))
         )
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
@@ -246,4 +254,4 @@ class UNet(Descent):
         x = self.middle_block(x, cond)
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), cond)
-        return self.out(x)
+        return self.out(x).contiguous()

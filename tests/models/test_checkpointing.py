@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.saved_bytes import SavedBytes
 from models import ModelError
 from models.checkpointing import checkpoint
-from tests.counter import Counter
 from tests.tiny import tiny_model
 
 
@@ -38,9 +38,9 @@ def test_gradients_are_equal_to_the_bit(needed: tuple[bool, bool]) -> None:
 
 def test_what_is_computed_on_the_way_is_not_kept() -> None:
     x, c = numbers(1000).requires_grad_(), numbers(1000, seed=1)
-    with Counter() as plain:
+    with SavedBytes() as plain:
         deep(x, c)
-    with Counter() as less:
+    with SavedBytes() as less:
         checkpoint(deep, x, c)
     assert less.bytes == 2 * 4 * 1000
     assert plain.bytes >= 8 * 2 * 4 * 1000                                 # of each round the argument and the value
@@ -48,7 +48,7 @@ def test_what_is_computed_on_the_way_is_not_kept() -> None:
 
 def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
     x = numbers(1000)
-    with Counter() as counter:
+    with SavedBytes() as counter:
         assert not checkpoint(deep, x, x).requires_grad
         with torch.no_grad():
             assert not checkpoint(deep, x.requires_grad_(), x).requires_grad

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.saved_bytes import SavedBytes
 from models.sliced_attention import slice_size, sliced_attention
-from tests.counter import Counter
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -75,7 +75,7 @@ def test_memory_is_bounded_by_a_slice() -> None:
             made.extend(x.untyped_storage().nbytes() for x in (out,) if isinstance(x, Tensor))
             return out
 
-    with Watch(), Counter(q, k, v) as counter:
+    with Watch(), SavedBytes(q, k, v) as counter:
         torch.autograd.grad(sliced_attention(q, k, v, rows=4), (q, k, v), g)
     assert counter.bytes == 0
     assert max(made) == q.untyped_storage().nbytes() < 4 * 64 * 48          # less than the scores of a single head
