@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.attend import AttentionKind, attend, by_head, split
 from models.frozen import geglu
-from models.layers import Condition, Conv2d, GroupNorm, Pointwise, map_of, plus, tokens_of, zero
+from models.layers import Condition, Conv2d, GroupNorm, Linear, Pointwise, map_of, plus, tokens_of, zero
 
 
 class Attention(nn.Module):
@@ -23,10 +23,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim, channels, bias=False)
+        self.to_v = Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, kind: AttentionKind = "auto") -> Tensor:    # (B, N, C), (B, L, D)
         q, k, v = (by_head(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
@@ -38,7 +38,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
+        self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
         return geglu(self.proj(x))
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
 
     def widen(self, x: Tensor) -> Tensor:                                           # (B, N, C) -> (B, N, 4C)
         return self.net[0](x)
@@ -155,7 +155,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
 
         def projection() -> nn.Module:
-            return nn.Linear(channels, channels) if linear_proj else Conv2d(channels, channels, 1)
+            return Linear(channels, channels) if linear_proj else Conv2d(channels, channels, 1)
 
         self.linear_proj = linear_proj
         self.norm = GroupNorm(32, channels, eps=1e-6)
