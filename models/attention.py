@@ -1,49 +1,36 @@
-"""Attention, and the two ways in which an image reads a text.
+"""The two ways in which an image reads a text, and how it looks at itself without one.
 
-    softmax(q k^T / sqrt(d)) v                                              (Vaswani et al. 2017, eq. 1)
-
-Both treat the h*w positions of a feature map as tokens. A spatial transformer has self-attention among them,
+All treat the h*w positions of a feature map as tokens. A spatial transformer has self-attention among them,
 cross-attention to the context and a gated feed-forward, each with its own layer norm and residual (Rombach et al.
 2022, appendix E.2.1). Joint attention is one attention over the context and the positions together (Nichol et al.
 2022, section 3).
 """
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import Condition, zero
-from models.sliced_attention import sliced_attention
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention over already projected tokens; the softmax is accumulated in float32.
-
-    q: (B, N, heads*d); k, v: (B, M, heads*d). Returns (B, N, heads*d) in q's dtype.
-    causal: position i sees positions up to i only (text transformers); needs N == M.
-    torch's fused kernel does the work, except in bfloat16 on a CPU, where it gains nothing over float32 and two
-    matrix products over slices take less than half its time.
-    """
-    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    sliced = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    out = sliced_attention(q, k, v, causal) if sliced else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return rearrange(out, "b h n d -> b n (h d)")
+from models.attend import AttentionKind, attend, by_head, split
+from models.frozen import geglu
+from models.layers import Condition, Conv2d, GroupNorm, Linear, Pointwise, map_of, plus, tokens_of, zero
 
 
 class Attention(nn.Module):
-    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does."""
+    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does.
+
+    What forward returns is what the heads found; `to_out` is left to the caller, see TransformerBlock.
+    """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim, channels, bias=False)
+        self.to_v = Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:                        # (B, N, C), (B, L, D)
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+    def forward(self, x: Tensor, context: Tensor, kind: AttentionKind = "auto") -> Tensor:    # (B, N, C), (B, L, D)
+        q, k, v = (by_head(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return attend(q, k, v, kind=kind)
 
 
 class GEGLU(nn.Module):
@@ -51,26 +38,33 @@ class GEGLU(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
+        self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back. (The published names leave a gap at net.1 for a dropout.)"""
+    """GEGLU to four times the width, `widen`, and back, `narrow`. (The published names leave a gap for a dropout.)"""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:                                         # (B, N, C)
-        return self.net(x)
+    def widen(self, x: Tensor) -> Tensor:                                           # (B, N, C) -> (B, N, 4C)
+        return self.net[0](x)
+
+    def narrow(self, x: Tensor) -> Tensor:                                          # (B, N, 4C) -> (B, N, C)
+        return self.net[2](x)
 
 
 class TransformerBlock(nn.Module):
-    """Look around, read the text, think: three residual branches, each behind a layer norm."""
+    """Look around, read the text, think: three residual branches, each behind a layer norm.
+
+    The linear layer that ends a branch stands outside of its checkpoint: frozen, it keeps nothing anyway, and so it is
+    not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
+    forward is `last` of `all_but_the_last`.
+    """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -79,17 +73,26 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, context_dim, heads)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels, eps=1e-5) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:                        # (B, N, C), (B, L, D)
-        y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, N, C)
+        return self.last(*self.all_but_the_last(x, cond))
 
+    def all_but_the_last(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:    # (B, N, C), (B, N, 4C)
+        def look(x: Tensor) -> Tensor:
+            y = self.norm1(x)
+            return self.attn1(y, y, cond.attention)
 
-def split(x: Tensor, heads: int, parts: int, heads_first: bool = True) -> Tensor:
-    """A projection (B, heads*parts*d, N) in `parts` tensors (B, N, heads*d), of the order in which it is stored."""
-    stored = "(h p d)" if heads_first else "(p h d)"
-    return rearrange(x, f"b {stored} n -> p b n (h d)", h=heads, p=parts)
+        def read(x: Tensor, context: Tensor) -> Tensor:
+            return self.attn2(self.norm2(x), context, cond.attention)
+
+        def think(x: Tensor) -> Tensor:
+            return self.ff.widen(self.norm3(x))
+
+        x = plus(self.attn1.to_out(cond.run("attention", self, look, x)), x)
+        x = plus(self.attn2.to_out(cond.run("attention", self, read, x, cond.context)), x)
+        return x, cond.run("attention", self, think, x)
+
+    def last(self, x: Tensor, thought: Tensor) -> Tensor:
+        return plus(self.ff.narrow(thought), x)
 
 
 class ImageAttention(nn.Module):
@@ -102,13 +105,17 @@ class ImageAttention(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int, heads_first: bool) -> None:
         super().__init__()
         self.heads, self.heads_first = heads, heads_first
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.norm = GroupNorm(groups, channels, eps=1e-5)
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.proj_out = zero(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3, self.heads_first)    # (B, h*w, C) each
-        return x + self.proj_out(attend(q, k, v, self.heads).transpose(1, 2)).view_as(x)
+        def look(x: Tensor) -> Tensor:
+            q, k, v = split(self.qkv(tokens_of(self.norm(x))), self.heads, 3, self.heads_first)
+            return attend(q, k, v, kind=cond.attention)                             # (B, h*w, C)
+
+        out = cond.run(cond.checkpointing, self, look, x)
+        return plus(map_of(self.proj_out(out), x.shape[2]), x)
 
 
 class JointAttention(nn.Module):
@@ -121,16 +128,20 @@ class JointAttention(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.norm = GroupNorm(groups, channels, eps=1e-5)
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.encoder_kv = Pointwise(context_dim, 2 * channels, 1)
+        self.proj_out = zero(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        q, k, v = split(self.qkv(self.norm(x).flatten(2)), self.heads, 3)           # (B, h*w, C) each
-        text_k, text_v = split(self.encoder_kv(cond.context.transpose(1, 2)), self.heads, 2)   # (B, L, C) each
-        out = attend(q, torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1), self.heads)
-        return x + self.proj_out(out.transpose(1, 2)).view_as(x)
+        def look(x: Tensor, context: Tensor) -> Tensor:
+            q, k, v = split(self.qkv(tokens_of(self.norm(x))), self.heads, 3)       # (B, h*w, H, d) each
+            text_k, text_v = split(self.encoder_kv(context), self.heads, 2)         # (B, L, H, d) each
+            k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
+            return attend(q, k, v, kind=cond.attention)                             # (B, h*w, C)
+
+        out = cond.run(cond.checkpointing, self, look, x, cond.context)
+        return plus(map_of(self.proj_out(out), x.shape[2]), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -144,26 +155,33 @@ class SpatialTransformer(nn.Module):
         super().__init__()
 
         def projection() -> nn.Module:
-            return nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
+            return Linear(channels, channels) if linear_proj else Conv2d(channels, channels, 1)
 
         self.linear_proj = linear_proj
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = zero(projection())
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
-        tokens = self._tokens(self.proj_in, self.norm(x))                           # (B, h*w, C)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, cond.context)
-        return x + self._map(self.proj_out, tokens, x.shape[-2])
+        *blocks, last = self.transformer_blocks
+
+        def transform(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            tokens = self._tokens(self.proj_in, self.norm(x))                       # (B, h*w, C)
+            inner = cond._replace(context=context)
+            for block in blocks:
+                tokens = block(tokens, inner)
+            return last.all_but_the_last(tokens, inner)
+
+        tokens = last.last(*cond.run("blocks", self, transform, x, cond.context))
+        return plus(self._map(self.proj_out, tokens, x.shape[-2]), x)
 
     def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
         if self.linear_proj:
-            return project(rearrange(x, "b c h w -> b (h w) c"))
-        return rearrange(project(x), "b c h w -> b (h w) c")
+            return project(tokens_of(x))
+        return tokens_of(project(x))
 
     def _map(self, project: nn.Module, tokens: Tensor, height: int) -> Tensor:
         if self.linear_proj:
-            return rearrange(project(tokens), "b (h w) c -> b c h w", h=height)
-        return project(rearrange(tokens, "b (h w) c -> b c h w", h=height))
+            return map_of(project(tokens), height)
+        return project(map_of(tokens, height))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import attend, split
+from models.attend import attend, split
 from models.errors import ModelError
-from models.layers import Condition
+from models.layers import Condition, NormSiLU, Pointwise, tokens_of
 from models.unet import Descent, UNetConfig
 
 
@@ -40,15 +40,14 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(channels, positions + 1) * channels**-0.5)
-        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
-        self.c_proj = nn.Conv1d(channels, classes, 1)
+        self.qkv_proj = Pointwise(channels, 3 * channels, 1)
+        self.c_proj = Pointwise(channels, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(2)                                                                       # (B, C, N)
-        x = torch.cat([x.mean(dim=2, keepdim=True), x], dim=2) + self.positional_embedding     # (B, C, 1 + N)
-        q, k, v = split(self.qkv_proj(x), self.heads, 3, heads_first=False)                    # (B, 1 + N, C) each
-        out = attend(q[:, :1], k, v, self.heads)                                               # (B, 1, C)
-        return self.c_proj(out.transpose(1, 2)).squeeze(2)
+        x = tokens_of(x)                                                                       # (B, N, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.T   # (B, 1 + N, C)
+        q, k, v = split(self.qkv_proj(x), self.heads, 3, heads_first=False)                    # (B, 1 + N, H, d) each
+        return self.c_proj(attend(q[:, :1], k, v)).squeeze(1)
 
 
 class Classifier(Descent):
@@ -59,7 +58,7 @@ class Classifier(Descent):
         self.image_size, c = config.image_size, self.channels
         positions = (config.image_size // config.descent.factor) ** 2
         pool = AttentionPool(c, positions, config.descent.heads(c), config.descent.out_channels)
-        self.out = nn.Sequential(nn.GroupNorm(self.config.norm_groups, c, eps=1e-5), nn.SiLU(), pool)
+        self.out = nn.Sequential(NormSiLU(self.config.norm_groups, c, eps=1e-5), nn.Identity(), pool)
 
     @property
     def classes(self) -> int:

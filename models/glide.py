@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attend import AttentionKind
+from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
@@ -41,7 +43,8 @@ class GlideModel:
     schedule: keyword arguments of diffusion.Schedule. resolution: side of the images that it was trained on.
     factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
     inpaints: it keeps a part of an image. source: where it is from. upsampler: what enlarges this one's images, if
-    anything does.
+    anything does. checkpointing, attention: how this one's UNet runs, see models.layers.Condition; answers are the
+    same.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -56,6 +59,8 @@ class GlideModel:
     source: str
     prediction: str = "epsilon"
     upsampler: "GlideModel | None" = None
+    checkpointing: Checkpointing = "none"
+    attention: AttentionKind = "auto"
     pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -150,7 +155,8 @@ class GlideModel:
 
     def _predict(self, channels: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         context, pooled = (feature.to(self.dtype) for feature in features)
-        return at_least_float32(self.unet(channels.to(self.dtype), t.to(channels.device), context, pooled))
+        t, how = t.to(channels.device), {"checkpointing": self.checkpointing, "attention": self.attention}
+        return at_least_float32(self.unet(channels.to(self.dtype), t, context, pooled, **how))
 
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], which are their own x_0."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend, split
+from models.layers import Linear
 from models.text import TextFeatures, require_heads, token_vectors
 
 
@@ -39,12 +39,11 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.c_qkv = nn.Linear(width, 3 * width)
-        self.c_proj = nn.Linear(width, width)
+        self.c_qkv = Linear(width, 3 * width)
+        self.c_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
-        q, k, v = rearrange(self.c_qkv(x), "b n (h p d) -> p b n (h d)", h=self.heads, p=3)
-        return self.c_proj(attend(q, k, v, self.heads))
+        return self.c_proj(attend(*split(self.c_qkv(x), self.heads, 3)))
 
 
 class MLP(nn.Module):
@@ -52,8 +51,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
         return self.c_proj(F.gelu(self.c_fc(x)))
@@ -98,7 +97,7 @@ class GlideText(nn.Module):
         self.padding_embedding = nn.Parameter(torch.randn(config.length, config.width) * 0.01)
         self.transformer = Transformer(config)
         self.final_ln = nn.LayerNorm(config.width, eps=1e-5)
-        self.transformer_proj = nn.Linear(config.width, config.pooled_dim)
+        self.transformer_proj = Linear(config.width, config.pooled_dim)
 
     def forward(self, ids: Tensor, mask: Tensor, extra: Tensor | None = None) -> TextFeatures:
         """ids: (B, L) int64; mask: (B, L) bool, True where there is text; L is `config.length`.

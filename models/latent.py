@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from models.attend import AttentionKind
+from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.text import ClipText, TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
@@ -44,6 +46,7 @@ class LatentModel:
     "epsilon" or "v_prediction". resolution: side of the square images that it was trained on, in pixels.
     source: where it is from.
     names, kept: how the loaded file named its tensors, and those of them that no network uses, for `save`.
+    checkpointing, attention: how `predict` runs the UNet, see models.layers.Condition; answers are the same.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -62,6 +65,8 @@ class LatentModel:
     upsampler: ClassVar[None] = None
     names: dict[str, str] = field(default_factory=dict)
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    checkpointing: Checkpointing = "none"
+    attention: AttentionKind = "auto"
 
     def __post_init__(self) -> None:
         unet, text, latents = self.unet.config, self.text.config, self.vae.config.latent_channels
@@ -124,8 +129,9 @@ class LatentModel:
 
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,)."""
-        out = self.unet(x_t.to(self.dtype), t.to(x_t.device), features.context.to(self.dtype))
-        return at_least_float32(out)
+        x_t, context = x_t.to(self.dtype), features.context.to(self.dtype)
+        t, how = t.to(x_t.device), {"checkpointing": self.checkpointing, "attention": self.attention}
+        return at_least_float32(self.unet(x_t, t, context, **how))
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:

@@ -6,22 +6,118 @@ the VAE, and the wrong one shows as soon as activations are small.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import frozen
+from models.attend import AttentionKind
+from models.checkpointing import Checkpointing, checkpoint
+from models.group_norm import frozen_group_norm
+
 
 class Condition(NamedTuple):
     """What every layer of a UNet is told beside its input.
 
-    emb:     (B, E) embedding of the time (and of whatever else is pooled into one vector).
-    context: (B, L, D) text features for cross-attention, or None.
+    emb:           (B, E) embedding of the time (and of whatever else is pooled into one vector).
+    context:       (B, L, D) text features for cross-attention, or None.
+    checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
+                   attention and each feed-forward; "blocks", each residual block and each transformer.
+    attention:     the kernel: "sliced", "fused", or "auto" for the faster one.
     """
 
     emb: Tensor
     context: Tensor | None
+    checkpointing: Checkpointing = "none"
+    attention: AttentionKind = "auto"
+
+    def run(self, level: Checkpointing, part_of: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """function(*inputs), a part of a module; as a checkpoint if that level is asked for.
+
+        The function sees an alias of each input even without one, which collects the gradients of its uses: so they are
+        added in the same order at every level, and are the same to the bit.
+        """
+        inputs = [x.view_as(x) for x in inputs]
+        if level == "none" or level != self.checkpointing:
+            return function(*inputs)
+        return checkpoint(function, *inputs, weights=part_of.parameters())
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of which, with frozen weights, nothing is kept for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:                                                    # (B, C_in, h, w)
+        if trains(self):
+            return super().forward(x)
+        return frozen.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class Linear(nn.Linear):
+    """A linear layer (…, C_in) -> (…, C_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm of which, with frozen weights, the input is kept for the backward pass. (B, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if trains(self):
+            return super().forward(x)
+        return frozen_group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class NormSiLU(nn.GroupNorm):
+    """A group norm, perhaps scaled by 1 + scale and shifted, (B, C, 1, 1) each; then SiLU: as one operation."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if trains(self):
+            y = super().forward(x)
+            return F.silu(y if scale is None else y * (1 + scale) + shift)
+        return frozen_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, True, scale, shift)
+
+
+class Pointwise(nn.Conv1d):
+    """A linear layer of tokens (B, N, C_in) whose weight, (C_out, C_in, 1), is stored as that of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.squeeze(2), self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer, in float32 on a CPU with frozen weights as the 1x1 convolution that it is, of an image of tokens.
+
+    That is the same sum, and was found to run at 376 GFLOP/s where the linear layer's kernel reaches 199 (two cores,
+    torch 2.13); bfloat16 gains nothing by it.
+    """
+    if weight.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                               # (1, C_in, tokens, 1)
+    return frozen.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def trains(layer: nn.Module) -> bool:
+    """Whether the layer's own weights learn: then it does what autograd itself would."""
+    return any(weight.requires_grad for weight in layer.parameters(recurse=False))
+
+
+def plus(branch: Tensor, x: Tensor) -> Tensor:
+    """branch + x, in the memory of the branch, which nobody else may read."""
+    return branch.add_(x) if branch.dtype == x.dtype else branch + x
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """The positions of a map as tokens, (B, C, h, w) -> (B, h*w, C): of a channels-last map the same memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def map_of(tokens: Tensor, height: int) -> Tensor:
+    """Back again, (B, h*w, C) -> (B, C, h, w), channels-last."""
+    return tokens.transpose(1, 2).unflatten(2, (height, -1))
 
 
 def timestep_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
@@ -45,9 +141,9 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
-def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(c_in: int, c_out: int, stride: int = 1) -> Conv2d:
     """A 3x3 convolution that keeps the size (stride 1) or halves it (stride 2)."""
-    return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1)
+    return Conv2d(c_in, c_out, 3, stride=stride, padding=1)
 
 
 def twice(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend, by_head
 from models.tokenizer import ClipTokenizer
 
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)     # of 0..255, as CLIP has them
@@ -75,7 +75,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, N, D)
         y = self.ln(x)
-        return x + self.f_c(attend(self.f_q(y), self.f_k(y), self.f_v(y), self.heads, self.causal))
+        q, k, v = (by_head(project(y), self.heads) for project in (self.f_q, self.f_k, self.f_v))
+        return x + self.f_c(attend(q, k, v, self.causal))
 
 
 class MLP(nn.Module):

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend, by_head
 from models.errors import ModelError
+from models.layers import Linear
 
 
 class TextFeatures(NamedTuple):
@@ -89,10 +90,11 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+        q, k, v = (by_head(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, causal=True))
 
 
 class MLP(nn.Module):
@@ -101,8 +103,8 @@ class MLP(nn.Module):
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = Linear(config.width, config.mlp_width)
+        self.fc2 = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, L, D)
         return self.fc2(self.activation(self.fc1(x)))

@@ -15,14 +15,27 @@ Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
+from models.checkpointing import Checkpointing
 from models.errors import ModelError
-from models.layers import Condition, Upsample, conv3x3, half, timestep_embedding, twice, zero
+from models.layers import (
+    Condition,
+    Conv2d,
+    NormSiLU,
+    Upsample,
+    conv3x3,
+    half,
+    plus,
+    timestep_embedding,
+    twice,
+    zero,
+)  # fmt: skip
 
 Attention = Literal["transformer", "joint", "self", "self_legacy"]
 
@@ -88,6 +101,12 @@ class UNetConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
+def require_choice(what: str, value: str, choices: Any) -> None:
+    """Raise ModelError unless a value is one of a Literal's."""
+    if value not in typing.get_args(choices):
+        raise ModelError(f"{what} is one of {', '.join(typing.get_args(choices))}; {value!r} is none of them")
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the time enters in between. (B, C_in, h, w) -> (B, C_out, h, w).
 
@@ -101,23 +120,23 @@ class ResBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample or nn.Identity()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in, eps=1e-5), nn.SiLU(), conv3x3(c_in, c_out))
+        self.in_layers = nn.Sequential(NormSiLU(groups, c_in, eps=1e-5), nn.Identity(), conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out if scale_shift else c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out, eps=1e-5), nn.SiLU(), nn.Identity(), zero(conv3x3(c_out, c_out))
+            NormSiLU(groups, c_out, eps=1e-5), nn.Identity(), nn.Identity(), zero(conv3x3(c_out, c_out))
         )
-        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        norm, silu, conv = self.in_layers
-        h = conv(self.resample(silu(norm(x))))
-        emb = self.emb_layers(cond.emb)[:, :, None, None]                                      # (B, C_out (· 2), 1, 1)
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-        else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(self.resample(x)) + h
+        def before_the_last(x: Tensor, emb: Tensor) -> Tensor:
+            h = first_conv(self.resample(first_norm(x)))
+            emb = self.emb_layers(emb)[:, :, None, None]                                       # (B, C_out (· 2), 1, 1)
+            return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
+
+        first_norm, _, first_conv = self.in_layers
+        norm, _, _, conv = self.out_layers
+        h = conv(cond.run("blocks", self, before_the_last, x, cond.emb))
+        return plus(h, self.skip_connection(self.resample(x)))
 
 
 class Downsample(nn.Module):
@@ -131,7 +150,7 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
-class Stem(nn.Conv2d):
+class Stem(Conv2d):
     """The first convolution; it takes the condition like every other layer and has no use for it."""
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
@@ -210,21 +229,27 @@ class UNet(Descent):
                     stage.append(self._block(c, c, twice) if config.resblock_updown else Upsample(c))
                 self.output_blocks.append(stage)
         self.out = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, c, eps=1e-5), nn.SiLU(), zero(conv3x3(c, config.out_channels))
+            NormSiLU(config.norm_groups, c, eps=1e-5), nn.Identity(), zero(conv3x3(c, config.out_channels))
         )
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None,
+        checkpointing: Checkpointing = "none", attention: AttentionKind = "auto",
+    ) -> Tensor:  # fmt: skip
         """One look at a noisy image.
 
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
         t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim), where the attention reads one.
         pooled: (B, 4 * model_channels), a text (GLIDE) or a class in one vector, added to the time's, or None.
-        Returns the raw prediction (B, out_channels, h, w) in x's dtype.
+        checkpointing, attention: how, see `Condition`; every choice has the same answer and the same gradients.
+        Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none.
         """
+        require_choice("checkpointing", checkpointing, Checkpointing)
+        require_choice("attention", attention, AttentionKind)
         emb = self.embedded(t, x.dtype)                                                        # (B, E)
-        cond = Condition(emb if pooled is None else emb + pooled, context)
+        cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, cond)
@@ -232,4 +257,4 @@ class UNet(Descent):
         x = self.middle_block(x, cond)
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), cond)
-        return self.out(x)
+        return self.out(x).contiguous()

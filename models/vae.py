@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import attend
-from models.layers import Upsample, conv3x3
+from models.attend import attend, by_head
+from models.layers import Conv2d, GroupNorm, NormSiLU, Upsample, conv3x3, map_of, plus, tokens_of
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,15 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), conv3x3(c_in, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), conv3x3(c_out, c_out)
+        self.norm1, self.conv1 = NormSiLU(groups, c_in, eps=1e-6), conv3x3(c_in, c_out)
+        self.norm2, self.conv2 = NormSiLU(groups, c_out, eps=1e-6), conv3x3(c_out, c_out)
         if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+            self.nin_shortcut = Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
+        return plus(h, self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttentionBlock(nn.Module):
@@ -64,14 +63,13 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (rearrange(layer(y), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
-        out = rearrange(attend(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
-        return x + self.proj_out(out)
+        q, k, v = (by_head(tokens_of(layer(y)), 1) for layer in (self.q, self.k, self.v))      # (B, h*w, 1, C)
+        return plus(self.proj_out(map_of(attend(q, k, v), x.shape[2])), x)
 
 
 class Downsample(nn.Module):
@@ -79,7 +77,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -128,14 +126,14 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(c)
             self.down.append(level)
         self.mid = Middle(c, config.norm_groups)
-        self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
+        self.norm_out = NormSiLU(config.norm_groups, c, eps=1e-6)
         self.conv_out = conv3x3(c, 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -153,14 +151,14 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(c)
             levels.insert(0, level)                                     # up.0 is the finest, as in the encoder
         self.up = nn.ModuleList(levels)
-        self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
+        self.norm_out = NormSiLU(config.norm_groups, c, eps=1e-6)
         self.conv_out = conv3x3(c, config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class VAE(nn.Module):
@@ -171,7 +169,7 @@ class VAE(nn.Module):
         self.config = config
         c = config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
+        self.quant_conv, self.post_quant_conv = Conv2d(2 * c, 2 * c, 1), Conv2d(c, c, 1)
 
     @property
     def factor(self) -> int:

@@ -1,12 +1,15 @@
 """Sliced attention against the plain formula: the same value and the same gradients, whatever the slice."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.sliced_attention import rows_per_slice, sliced_attention
+from benchmarks.saved_bytes import SavedBytes
+from models.sliced_attention import slice_size, sliced_attention
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -53,9 +56,29 @@ def test_only_the_gradients_that_are_asked_for() -> None:
 
 
 def test_slices_follow_the_byte_budget() -> None:
-    q, k = torch.empty(2, 8, 4096, 40, device="meta"), torch.empty(2, 8, 4096, 40, device="meta")
-    assert rows_per_slice(q, k, budget=4 * 16 * 4096 * 100) == 100
-    assert rows_per_slice(q, k, budget=1) == 1
+    q, k = torch.empty(2, 8, 4096, 40, device="meta"), torch.empty(2, 8, 77, 40, device="meta")
+    assert slice_size(q, q, budget=4 * 4096 * 100) == (1, 100)
+    assert slice_size(q, k, budget=4 * 4096 * 77 * 3) == (3, 4096)
+    assert slice_size(q, k, budget=2**40) == (8, 4096)
+    assert slice_size(q, k, budget=1) == (1, 1)
+    assert slice_size(q.bfloat16(), k, budget=2 * 77 * 5) == (1, 5)
+
+
+def test_memory_is_bounded_by_a_slice() -> None:
+    """Nothing but q, k and v is kept, and nothing larger than a slice's scores is made, forward or backward."""
+    q, k, v, g = (x.to(torch.float32) for x in inputs(64, 48, torch.float64))
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend(x.untyped_storage().nbytes() for x in (out,) if isinstance(x, Tensor))
+            return out
+
+    with Watch(), SavedBytes(q, k, v) as counter:
+        torch.autograd.grad(sliced_attention(q, k, v, rows=4), (q, k, v), g)
+    assert counter.bytes == 0
+    assert max(made) == q.untyped_storage().nbytes() < 4 * 64 * 48          # less than the scores of a single head
 
 
 def test_a_slice_of_nothing_is_refused() -> None:

@@ -1,0 +1,51 @@
+"""Which kernel computes softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), and how its arguments are cut.
+
+There are two, equal to rounding: torch's fused one, and ours over slices of query rows (see sliced_attention).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from models.sliced_attention import sliced_attention
+
+AttentionKind = Literal["auto", "sliced", "fused"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, kind: AttentionKind = "auto") -> Tensor:
+    """Multi-head attention over already projected tokens; the softmax is accumulated in float32.
+
+    q: (B, N, H, d); k, v: (B, M, H, d), of any strides. Returns (B, N, H*d) in q's dtype.
+    causal: position i sees positions up to i only (text transformers); needs N == M. kind: "auto" is what was faster
+    where it was measured, see `best_kind`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                           # (B, H, N, d)
+    sliced = (best_kind(q) if kind == "auto" else kind) == "sliced"
+    out = sliced_attention(q, k, v, causal) if sliced else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)
+
+
+def best_kind(q: Tensor) -> AttentionKind:
+    """The faster kernel for queries on this device in this dtype.
+
+    The fused one, except in bfloat16 on a CPU: there it gains nothing over float32, and two matrix products over
+    slices take less than half its time.
+    """
+    return "sliced" if q.dtype == torch.bfloat16 and q.device.type == "cpu" else "fused"
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H*d) -> (B, N, H, d)."""
+    return x.unflatten(2, (heads, -1))
+
+
+def split(x: Tensor, heads: int, parts: int, heads_first: bool = True) -> tuple[Tensor, ...]:
+    """A projection (B, N, H*parts*d) in `parts` tensors (B, N, H, d), views of it.
+
+    heads_first: it is stored head by head, the parts of each; otherwise part by part.
+    """
+    stored = "(h p d)" if heads_first else "(p h d)"
+    return rearrange(x, f"b n {stored} -> p b n h d", h=heads, p=parts).unbind()

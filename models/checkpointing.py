@@ -1,0 +1,88 @@
+"""Activation checkpointing: forget what a function computed on the way, and compute it again for the gradient.
+
+Of a checkpointed function only its inputs are kept, with the state of the random numbers; the backward pass runs it
+once more, under the same autocast, and goes back through what that run kept. The memory of a network is then one
+input a function, and one function's own memory at a time; the price is the second run.
+
+Source: Chen et al. 2016, Training deep nets with sublinear memory cost.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Checkpointing = Literal["none", "attention", "blocks"]
+
+
+def checkpoint(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor | None, weights: Iterable[Tensor] = ()
+) -> Tensor | tuple[Tensor, ...]:
+    """function(*inputs), whose intermediate results are computed again in the backward pass.
+
+    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value.
+    weights: what else it reads that may need a gradient: the parameters of its module.
+    Gradients are those of function(*inputs), bit for bit where its operations repeat themselves; there is no second
+    derivative. Checkpoints nest. Where nothing needs a gradient, the function is called and nothing is kept.
+    """
+    trained = [weight for weight in weights if weight.requires_grad]
+    needed = trained or any(x is not None and x.requires_grad for x in inputs)
+    if not (needed and torch.is_grad_enabled()):
+        return function(*inputs)
+    return _Checkpoint.apply(function, len(inputs), *inputs, *trained)
+
+
+class _Checkpoint(torch.autograd.Function):
+    """apply(function, n, *inputs, *weights): the first n tensors are the function's arguments.
+
+    The weights are there so that a function of inputs without a gradient has one all the same if it is trained.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, function: Callable[..., Any], n: int, *tensors: Tensor | None) -> Any:
+        ctx.function, ctx.n, ctx.again = function, n, _as_it_is_now(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return function(*tensors[:n])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed, saved, n = ctx.needs_input_grad[2:], ctx.saved_tensors, ctx.n
+        inputs = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(saved[:n], needed)]
+        with ctx.again(), torch.enable_grad():
+            outputs = ctx.function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        known = [(y, dy) for y, dy in zip(outputs, gradients) if dy is not None and y.requires_grad]
+        if not known:
+            return None, None, *(None for _ in saved)
+        sources = [x for x, need in zip((*inputs, *saved[n:]), needed) if need]
+        outputs, gradients = zip(*known)
+        found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def _as_it_is_now(tensors: Iterable[Tensor | None]) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which random numbers and autocast are what they are now, on the CPU and the tensors' devices."""
+    devices = {x.device for x in tensors if x is not None}
+    gpus = [device for device in devices if device.type == "cuda" and torch.cuda.is_available()]
+    cpu_state, gpu_states = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+    kinds = {"cpu", *(device.type for device in devices if torch.amp.is_autocast_available(device.type))}
+    casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+    cached = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(gpus))
+            torch.set_rng_state(cpu_state)
+            for gpu, state in zip(gpus, gpu_states):
+                torch.cuda.set_rng_state(state, gpu)
+            for kind, dtype, enabled in casts:
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cached))
+            yield
+
+    return again

@@ -1,0 +1,116 @@
+"""Checkpoints: the same gradients to the bit, in less memory, whatever needs a gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.saved_bytes import SavedBytes
+from models import ModelError
+from models.checkpointing import checkpoint
+from tests.tiny import tiny_model
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def deep(x: Tensor, c: Tensor) -> Tensor:
+    for i in range(8):
+        x = torch.sin(x * c + i).exp()
+    return x
+
+
+def gradients(of: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(of(*inputs).sum(), [x for x in inputs if x.requires_grad])
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_gradients_are_equal_to_the_bit(needed: tuple[bool, bool]) -> None:
+    x, c = (numbers(5, 3, seed=i).requires_grad_(need) for i, need in enumerate(needed))
+    wanted = gradients(deep, x, c)
+    found = gradients(lambda x, c: checkpoint(deep, x, c), x, c)
+    assert all(map(torch.equal, found, wanted))
+    nested = gradients(lambda x, c: checkpoint(lambda x, c: checkpoint(deep, deep(x, c), c), x, c), x, c)
+    assert all(map(torch.equal, nested, gradients(lambda x, c: deep(deep(x, c), c), x, c)))
+
+
+def test_what_is_computed_on_the_way_is_not_kept() -> None:
+    x, c = numbers(1000).requires_grad_(), numbers(1000, seed=1)
+    with SavedBytes() as plain:
+        deep(x, c)
+    with SavedBytes() as less:
+        checkpoint(deep, x, c)
+    assert less.bytes == 2 * 4 * 1000
+    assert plain.bytes >= 8 * 2 * 4 * 1000                                 # of each round the argument and the value
+
+
+def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
+    x = numbers(1000)
+    with SavedBytes() as counter:
+        assert not checkpoint(deep, x, x).requires_grad
+        with torch.no_grad():
+            assert not checkpoint(deep, x.requires_grad_(), x).requires_grad
+    assert counter.bytes == 0
+
+
+def test_random_numbers_are_those_of_the_first_time() -> None:
+    def drop(x: Tensor) -> Tensor:
+        return torch.dropout(x.exp(), 0.5, True) * torch.rand(())
+
+    x, wanted, states = numbers(100).requires_grad_(), [], []
+    for run in (drop, lambda x: checkpoint(drop, x)):
+        torch.manual_seed(0)
+        y = run(x).sum()
+        torch.rand(3)                                                      # others draw in the meantime
+        wanted += torch.autograd.grad(y, x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*wanted)
+    assert torch.equal(*states)                                            # and to others the backward pass draws none
+
+
+def test_autocast_is_that_of_the_first_time() -> None:
+    layer, x = nn.Linear(8, 8), numbers(3, 8).requires_grad_()
+
+    def both(x: Tensor) -> Tensor:
+        return layer(x).float().square()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, ours = both(x).sum(), checkpoint(both, x).sum()
+    assert torch.equal(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0])   # outside of the context
+
+
+def test_several_outputs_of_which_some_are_used() -> None:
+    def three(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x.sin() * c, (c * c).detach(), x.cos()
+
+    x, c = numbers(4).requires_grad_(), numbers(4, seed=1).requires_grad_()
+    for which in ((0,), (2,), (0, 2)):
+        wanted, found = (
+            torch.autograd.grad(sum(outputs[i].sum() for i in which), (x, c), allow_unused=True)
+            for outputs in (three(x, c), checkpoint(three, x, c))
+        )
+        assert torch.equal(found[0], wanted[0])
+        assert (found[1] is None and wanted[1] is None) or torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_weights_are_trained_through_it(needs: bool) -> None:
+    """Also where no input of the function needs a gradient, and by both ways to ask for gradients."""
+    layer, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), numbers(3, 4).requires_grad_(needs)
+    layer[0].bias.requires_grad_(False)
+    weights = [w for w in layer.parameters() if w.requires_grad]
+    wanted = torch.autograd.grad(layer(layer(x)).sum(), weights)
+    run = lambda x: checkpoint(layer, checkpoint(layer, x, weights=weights), weights=layer.parameters())  # noqa: E731
+    assert all(map(torch.equal, torch.autograd.grad(run(x).sum(), weights), wanted))
+    run(x).sum().backward()
+    assert all(torch.equal(weight.grad, w) for weight, w in zip(weights, wanted))
+    assert layer[0].bias.grad is None
+
+
+def test_a_level_that_there_is_not() -> None:
+    model = tiny_model()
+    model.checkpointing = "block"
+    with pytest.raises(ModelError, match="checkpointing is one of none, attention, blocks; 'block' is none of them"):
+        model.predict(numbers(1, 4, 8, 8), torch.tensor([5]), model.encode_text(model.tokenizer.encode(["a dog"])))

@@ -1,0 +1,116 @@
+"""Operations with frozen weights: the value and the gradients that autograd has, from less than it keeps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.saved_bytes import SavedBytes
+from models.frozen import conv2d, geglu
+from models.group_norm import frozen_group_norm, normalised
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def a_map(*shape: int, seed: int = 0) -> Tensor:
+    return numbers(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
+
+
+def assert_equal(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Value and gradients, in float64, whose roundings are 2e-16; each number is a sum of up to a few hundred."""
+    y, wanted = ours(*inputs), theirs(*inputs)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    dy = numbers(*y.shape, seed=9)
+    sources = [x for x in inputs if x.requires_grad]
+    for a, b in zip(torch.autograd.grad(y, sources, dy), torch.autograd.grad(wanted, sources, dy)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(7, 6), (8, 8), (1, 1)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 2, 0)])
+def test_convolution(size: tuple[int, int], kernel: int, stride: int, padding: int) -> None:
+    if min(size) + 2 * padding < kernel:
+        return
+    weight, bias, x = numbers(5, 4, kernel, kernel), numbers(5, seed=1), numbers(2, 4, *size, seed=2).requires_grad_()
+    stride, padding = (stride, stride), (padding, padding)
+    for b in (bias, None):
+        ours, theirs = ((lambda x, f=f, b=b: f(x, weight, b, stride, padding)) for f in (conv2d, F.conv2d))
+        assert_equal(ours, theirs, x)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("make", [a_map, numbers])
+def test_group_norm(silu: bool, modulated: bool, make: Callable[..., Tensor]) -> None:
+    weight, bias, x = numbers(8), numbers(8, seed=1), make(3, 8, 5, 6, seed=2).requires_grad_()
+    more = [numbers(3, 8, 1, 1, seed=s).requires_grad_() for s in (3, 4)] if modulated else []
+
+    def ours(x: Tensor, *more: Tensor) -> Tensor:
+        return frozen_group_norm(x, weight, bias, 4, 1e-3, silu, *more)
+
+    def theirs(x: Tensor, *more: Tensor) -> Tensor:
+        y = F.group_norm(x, 4, weight, bias, 1e-3)
+        y = y * (1 + more[0]) + more[1] if more else y
+        return F.silu(y) if silu else y
+
+    assert_equal(ours, theirs, x, *more)
+    if modulated:
+        assert_equal(ours, theirs, x.detach(), *more)                      # x is noise, the text modulates it
+
+
+def test_geglu() -> None:
+    def theirs(x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    assert_equal(geglu, theirs, numbers(2, 3, 8).requires_grad_())
+
+
+def test_a_mean_far_from_zero_does_not_drown_the_variance() -> None:
+    """torch's kernel for channels-last maps leaves 1e-2 here."""
+    x = (100 + numbers(2, 64, 16, 16)).float().contiguous(memory_format=torch.channels_last)
+    exact = F.group_norm(x.double(), 32)
+    y, mean, rstd = normalised(x, torch.ones(64), torch.zeros(64), 32, 1e-5)
+    # float32 knows 100 to 4e-6, and a deviation of 1 inherits the roundings of x, of the mean and of their products
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-4)
+    groups = x.double().unflatten(1, (32, 2)).flatten(2)
+    torch.testing.assert_close(mean.double(), groups.mean(dim=2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.double(), (groups.var(dim=2, correction=0) + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    x = a_map(2, 64, 8, 8).bfloat16()
+    exact = F.group_norm(x.double(), 32)
+    y = frozen_group_norm(x, torch.ones(64).bfloat16(), torch.zeros(64).bfloat16(), 32, 1e-5)
+    torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-8, atol=1e-5)     # to the neighbour at most
+
+
+class TestKept:
+    """Bytes between the forward and the backward pass, the weights aside."""
+
+    x = a_map(1, 64, 16, 16)                                               # 131072 bytes
+
+    def test_nothing_by_a_convolution(self) -> None:
+        weight, x = numbers(64, 64, 3, 3), self.x.clone().requires_grad_()
+        with SavedBytes(weight) as ours:
+            conv2d(x, weight, None, (1, 1), (1, 1))
+        with SavedBytes(weight) as theirs:
+            F.conv2d(x, weight, None, 1, 1)
+        assert (ours.bytes, theirs.bytes) == (0, x.nbytes)
+
+    def test_one_input_by_norm_modulation_and_silu(self) -> None:
+        weight, bias, x = numbers(64), numbers(64), self.x.clone().requires_grad_()
+        scale, shift = (numbers(1, 64, 1, 1, seed=s).requires_grad_() for s in (0, 1))
+        with SavedBytes(weight, bias) as counter:
+            frozen_group_norm(x, weight, bias, 32, 1e-5, True, scale, shift)
+        assert counter.bytes == x.nbytes + scale.nbytes + shift.nbytes
+
+    def test_the_projection_by_geglu(self) -> None:
+        x = numbers(1, 10, 64).requires_grad_()
+        with SavedBytes() as counter:
+            geglu(x)
+        assert counter.bytes == x.nbytes

@@ -1,0 +1,118 @@
+"""A whole network with every measure against one with none: every kind of attention, every level, every kernel.
+
+With weights that want a gradient all operations are autograd's own, in the plain memory layout: that is the twin.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.saved_bytes import SavedBytes
+from models.attend import AttentionKind
+from models.attention import ImageAttention, JointAttention, SpatialTransformer
+from models.checkpointing import Checkpointing
+from models.unet import ResBlock, UNet, UNetConfig
+from tests.tiny import randomise
+
+COMMON = {"num_heads": None, "head_channels": 16, "context_dim": 24}
+ADM = {"resblock_updown": True, "scale_shift": True}
+KINDS = {
+    "transformer": UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), **COMMON),
+    "two deep, linear": UNetConfig(4, 4, 32, (1, 2), 1, (2,), **COMMON, transformer_depth=2, linear_proj=True),
+    "joint": UNetConfig(4, 6, 32, (1, 2), 1, (1, 2), **COMMON, attention="joint", **ADM),
+    "self": UNetConfig(4, 4, 32, (1, 2), 1, (2,), **COMMON, attention="self", **ADM),
+    "self_legacy": UNetConfig(4, 4, 32, (1, 2), 1, (2,), **COMMON, attention="self_legacy"),
+}
+LEVELS = ("none", "attention", "blocks")
+
+
+def network(kind: str, dtype: torch.dtype) -> UNet:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        unet = UNet(KINDS[kind])
+        randomise(unet)
+    return unet.to(dtype)
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    shapes = {"x": (2, 4, 8, 8), "context": (2, 5, 24), "pooled": (2, 128)}
+    return {name: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+
+
+def gradients(
+    unet: UNet, wanted: set[str], level: Checkpointing = "none", kernel: AttentionKind = "auto"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the gradients of the wanted inputs: those that the network reads."""
+    given = {name: x.clone().requires_grad_(name in wanted) for name, x in inputs(unet.out[2].weight.dtype).items()}
+    out = unet(given["x"], torch.tensor([3, 700]), given["context"], given["pooled"], level, kernel)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    names = sorted(wanted)
+    found = torch.autograd.grad((out * weights).sum(), [given[name] for name in names], allow_unused=True)
+    return out.detach(), {name: gradient for name, gradient in zip(names, found) if gradient is not None}
+
+
+@pytest.mark.parametrize("kernel", ["sliced", "fused"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_measure_has_the_gradients_of_none(kind: str, kernel: AttentionKind) -> None:
+    unet = network(kind, torch.float64)
+    everything = {"x", "context", "pooled"}
+    unet.requires_grad_(True)
+    out, without = gradients(unet, everything, kernel="fused")
+    unet.requires_grad_(False)
+    for wanted in (everything, {"context"} if "self" not in kind else {"pooled"}):
+        levels = {level: gradients(unet, wanted, level, kernel) for level in LEVELS}
+        for y, found in levels.values():
+            # float64 rounds at 2e-16, a few hundred operations deep, and numbers are of order one
+            torch.testing.assert_close(y, out, rtol=1e-11, atol=1e-11)
+            assert found.keys() == wanted & without.keys() != set()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, without[name], rtol=1e-11, atol=1e-11)
+                assert torch.equal(gradient, levels["none"][1][name])      # a level repeats itself to the bit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_single_precision(kind: str) -> None:
+    unet = network(kind, torch.float32)
+    exact = gradients(network(kind, torch.float64), {"x", "pooled"}, kernel="fused")
+    for level in LEVELS:
+        out, found = gradients(unet, {"x", "pooled"}, level, "sliced")
+        # a hundred roundings of 6e-8, relative to the largest
+        assert (out - exact[0]).abs().max() < 1e-5 * exact[0].abs().max()
+        for name, gradient in found.items():
+            assert (gradient - exact[1][name]).abs().max() < 1e-5 * exact[1][name].abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_keeps_its_inputs_and_nothing_else(kind: str) -> None:
+    unet, storages = network(kind, torch.float32), {}
+
+    def enter(module: nn.Module, inputs: tuple) -> None:
+        x, cond = inputs if len(inputs) == 2 else (inputs[0], None)
+        of_kind = {ResBlock: "emb", SpatialTransformer: "context", JointAttention: "context"}
+        also = getattr(cond, of_kind.get(type(module), ""), None)
+        read = [x] if also is None else [x, also]
+        if any(y.requires_grad for y in read):
+            storages.update({y.untyped_storage().data_ptr(): y.untyped_storage() for y in read})
+
+    for module in unet.modules():
+        if isinstance(module, ResBlock | SpatialTransformer | JointAttention | ImageAttention) or module is unet.out[0]:
+            module.register_forward_pre_hook(enter)
+    context, pooled = (inputs(torch.float32)[name] for name in ("context", "pooled"))
+    (pooled if "self" in kind else context).requires_grad_()
+    with SavedBytes(*unet.parameters()) as counter:
+        unet(inputs(torch.float32)["x"], torch.tensor([3, 700]), context, pooled, "blocks")
+    assert counter.bytes == sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_learn_the_same_at_every_level(kind: str) -> None:
+    unet = network(kind, torch.float64).requires_grad_(True)
+    found = []
+    for level in LEVELS:
+        unet.zero_grad()
+        given = inputs(torch.float64)
+        unet(given["x"], torch.tensor([3, 700]), given["context"], given["pooled"], level).square().sum().backward()
+        found.append([weight.grad for weight in unet.parameters()])
+    for level in found[1:]:
+        assert all(map(torch.equal, level, found[0]))
