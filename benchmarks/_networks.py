@@ -58,7 +58,7 @@ def fill(network: nn.Module, dtype: torch.dtype) -> Any:
     A matrix is normal with the inverse of its fan-in for a variance: a block of numbers over and over, since drawing a
     billion takes longer than most of what is measured. A norm's scale is 1, a bias 0. Returns the network.
     """
-    network.to(dtype)
+    nn.Module.to(network, dtype)            # diffusers' own `to` warns where nothing is wrong
     if any(parameter.is_meta for parameter in network.parameters()):
         network.to_empty(device="cpu")
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).to(dtype)

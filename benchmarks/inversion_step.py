@@ -46,7 +46,7 @@ def start_ours(model: LatentModel, work: Work) -> Step:
     config = TrainConfig(
         FOREVER, batch_size=1, accumulation=1, schedule="constant", validate_every=FOREVER, validation_pairs=1
     )
-    concept = Concept.from_text(model, WORD, "dog", 1)
+    concept = Concept.from_text(model, WORD, "a", 1)
     steps = Training(model, concept, image(work), [[TEMPLATE]], config).steps()
     return lambda: next(steps)
 

@@ -24,10 +24,12 @@ from inversion_step import start_ours as start_inversion
 from inversion_step import start_peer as start_inversion_peer
 from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.presets import SD1, untrained
+from models.presets import SD1
+from models.unet import UNet
 
 GUIDED = Side(ours, start_guided), Side(peer, start_guided_peer)
 INVERSION = Side(ours, start_inversion), Side(TRAINED_PEER, start_inversion_peer)
@@ -71,16 +73,15 @@ def operations(work: Work) -> int:
     """The floating-point operations that the products of a step take, a multiplication and an addition being two."""
     side = work.resolution // 8
     with torch.device("meta"):
-        model = untrained(SD1)
-        model.attention = "sliced"          # whose products torch's counter sees
+        unet = UNet(SD1.unet)
         batch = 2 if work.work == "guided_step" else 1
         context = torch.randn(batch, 77, 768, requires_grad=True)
         x, t = torch.randn(batch, 4, side, side), torch.zeros(batch)
     counter = FlopCounterMode(display=False)
-    with counter:
-        out = model.unet(x, t, context)
+    with counter, sdpa_kernel(SDPBackend.MATH):         # the counter does not know the fused kernel's operations
+        out = unet.requires_grad_(False)(x, t, context, attention="fused")
         if work.work == "inversion_step":
-            torch.autograd.grad(out.sum(), context)
+            out.sum().backward()
     return counter.get_total_flops()
 
 
