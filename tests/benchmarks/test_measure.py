@@ -110,7 +110,8 @@ def test_json_has_the_rows_so_far(
 
 
 def build(work: Work) -> torch.Tensor:
-    return torch.ones(200 * MIB // 4)           # these are weights: they do not count
+    torch.ones(300 * MIB // 4)                  # building takes more for a moment, which does not count
+    return torch.ones(100 * MIB // 4)           # nor do these, the weights
 
 
 def start_with(mebibytes: int) -> Callable[[torch.Tensor, Work], Step]:
@@ -168,7 +169,7 @@ def test_questions_are_answered_and_a_failure_with_a_traceback() -> None:
     serving.join()
     assert done == [WORK, WORK]
     assert answers[0] is None
-    assert 0 < answers[1] < 1                   # seconds of next to nothing
+    assert answers[1] > 0                       # seconds
     assert answers[2] == 2
     assert answers[3].startswith("Traceback")
     assert answers[3].endswith("ValueError: a network cannot save memory\n")
