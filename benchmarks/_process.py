@@ -7,6 +7,8 @@ Memory is Linux's: VmRSS and VmHWM of /proc/self/status, the latter begun anew t
 only times are measured.
 """
 
+import contextlib
+import ctypes
 import gc
 import multiprocessing
 import signal
@@ -101,7 +103,6 @@ def serve(pipe: Connection, side: Side, work: Work, threads: int) -> None:
     try:
         torch.set_num_threads(threads)
         built, step, repeat, held = side.build(work), None, 1, None
-        gc.collect()
         while True:
             match pipe.recv():
                 case "start", work:
@@ -141,6 +142,9 @@ def timed(step: Step, repeat: int) -> float:
 
 def begin_peak() -> int | None:
     """Begin the peak of memory anew. Returns the bytes that are resident now; None where the system does not tell."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, TypeError):    # glibc's: what building freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         CLEAR_REFS.write_text(RESTART_PEAK)
     except OSError:

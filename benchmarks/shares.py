@@ -9,6 +9,7 @@ and attention, counted once) would take at the best speed that this machine reac
 3x3 convolution: its peer is the processor.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -105,6 +106,7 @@ def speed(product: Step, flops: int) -> float:
 
 def measure() -> Iterator[dict[str, Any]]:
     """A row for each part of each of WORKS, and one for the limit."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler has much to say about GPUs
     for work, (mine, theirs) in WORKS.items():
         with Sides([Process("ours", mine, work), Process("peer", theirs, work)]) as sides:
             for side in sides:
