@@ -106,7 +106,8 @@ def serve(pipe: Connection, side: Side, work: Work, threads: int) -> None:
         while True:
             match pipe.recv():
                 case "start", work:
-                    step, held, repeat = None, begin_peak(), 1
+                    step = None             # what came before is gone when the peak begins
+                    held, repeat = begin_peak(), 1
                     step = side.start(built, work)
                     answer = None
                 case "warm", _:
