@@ -75,7 +75,7 @@ def compare_cold(work: Work, ours: Side, peer: Side, rounds: int = 3) -> dict[st
 
 
 def row(
-    work: Work, ours_s: float, peer_s: float | None, ours_bytes: int | None = None, peer_bytes: int | None = None
+    work: Work, ours_s: float | None, peer_s: float | None, ours_bytes: int | None = None, peer_bytes: int | None = None
 ) -> dict[str, Any]:
     """A line of a table as JSON has it; what was not measured is None, and so is its ratio."""
     return asdict(work) | {
@@ -89,7 +89,7 @@ def ratio(ours: float | None, peer: float | None) -> float | None:
     return None if ours is None or peer is None else ours / peer
 
 
-HEADER = f"{'work':36} {'dtype':8} {'px':>4} {'mode':10} {'ours s':>8} {'peer s':>8} {'ratio':>6}" + (
+HEADER = f"{'work':40} {'dtype':8} {'px':>4} {'mode':10} {'ours s':>8} {'peer s':>8} {'ratio':>6}" + (
     f" {'ours GiB':>9} {'peer GiB':>9} {'ratio':>6}"
 )
 
@@ -102,7 +102,7 @@ def line(row: dict[str, Any]) -> str:
     sizes = (row[f"{side}_bytes_over_weights"] for side in ("ours", "peer"))
     ours, peer = (None if size is None else size / GIB for size in sizes)
     return (
-        f"{row['work']:36} {row['dtype']:8} {row['resolution']:4} {row['mode']:10} {number(row['ours_s'], 8, 3)} "
+        f"{row['work']:40} {row['dtype']:8} {row['resolution']:4} {row['mode']:10} {number(row['ours_s'], 8, 3)} "
         f"{number(row['peer_s'], 8, 3)} {number(row['ratio'], 6, 2)} {number(ours, 9, 2)} {number(peer, 9, 2)} "
         f"{number(row['ratio_bytes'], 6, 2)}"
     )
