@@ -1,112 +1,97 @@
 """What GLIDE costs at its real size, with random weights: a guided step, an upsampler step, an inversion step.
 
-    python benchmarks/glide.py
+    python benchmarks/glide.py [--json FILE]
 
-Each part runs in a process of its own, which prints seconds (the best of three, after one to warm up) and the peak of
-resident memory above what the process held with the weights in place. Inversion: batch 4, one vector, forward and
-backward through text transformer and UNet. OpenAI's code on the same kind of machine (two cores, float32): 1.5 s a
-guided base step; 7.3 s and 4.4 GiB above the weights an inversion step at batch 4.
+There is no peer that could be installed, so its columns stay empty. The guided step is of one image of 64x64; the
+upsampler's is one prediction at 256x256; the inversion step is the gradient of a batch of four on one vector, through
+text transformer and UNet. OpenAI's code on the same kind of machine (two cores, float32): 1.5 s a guided step; 7.3 s
+and 4.4 GiB above the weights an inversion step.
 """
 
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from _measure import command, compare
+from _networks import fill
+from _process import Side, Step, Work
 
-from diffusion import Level
-from guidance.classifier_free import bind, classifier_free_pair
+from diffusion import Level, Schedule
+from guidance import bind, classifier_free_pair
 from inversion import Concept
 from inversion.objective import denoising_loss, random_batch
-from models.glide import GlideModel
+from models import GlideModel
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
 from models.presets import GLIDE
 from models.unet import UNet
 
-PARTS = [f"{part} {dtype}" for part in ("base", "upsample", "inversion") for dtype in ("float32", "bfloat16")]
-PROMPT, GIB = "an oil painting of a corgi", 2**30
+WORKS = [
+    Work(work, dtype, resolution)
+    for work, resolution in (("glide_guided_step", 64), ("glide_upsampler_step", 256), ("glide_inversion_step", 64))
+    for dtype in ("float32", "bfloat16")
+]
+PROMPT, BATCH, DOG = "an oil painting of a corgi", 4, 3290
+TEMPLATES = ["a photo of {}", "a picture of {} in the snow", "{} up close", "one {} in a garden"]
 
 
-def status(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def build(name: str, dtype: torch.dtype) -> GlideModel:
-    """A published network with random weights."""
-    torch.manual_seed(0)
-    preset = GLIDE[name]
-    unet, text = UNet(preset.unet).to(dtype), GlideText(preset.text).to(dtype)
-    for parameter in unet.out.parameters():
-        parameter.data.normal_(std=0.02)     # a new UNet is silent; this one should send gradients back
+def build(work: Work) -> GlideModel:
+    """One of the two networks in the dtype of the work."""
+    preset = GLIDE["upsample" if work.work == "glide_upsampler_step" else "base"]
+    with torch.device("meta"):
+        networks = UNet(preset.unet), GlideText(preset.text)
+    unet, text = (fill(network, getattr(torch, work.dtype)) for network in networks)
     return GlideModel(
-        unet.eval().requires_grad_(False), text.eval().requires_grad_(False), GlideTokenizer.gpt2(), preset.schedule,
-        preset.resolution, preset.factor, preset.inpaints, f"random {name}",
+        unet, text, GlideTokenizer.gpt2(), preset.schedule, preset.resolution, preset.factor, preset.inpaints,
+        f"random {preset.resolution}",
     )  # fmt: skip
 
 
-def base(model: GlideModel) -> Callable[[], object]:
+def start(model: GlideModel, work: Work) -> Step:
+    """The step that the work is named after."""
+    return {"glide_guided_step": guided, "glide_upsampler_step": upsampler, "glide_inversion_step": inversion}[
+        work.work
+    ](model)
+
+
+@torch.no_grad()
+def guided(model: GlideModel) -> Step:
     """One guided prediction of one 64x64 image: two prompts through the UNet."""
     features = model.encode_text(model.tokenizer.encode(["", PROMPT]))
     denoise, x = classifier_free_pair(bind(model, features), 3.0), torch.randn(1, 3, 64, 64)
-    return lambda: denoise(x, Level(500.0, 0.5))
+    return torch.no_grad()(lambda: denoise(x, Level(500.0, 0.5)))
 
 
-def upsample(model: GlideModel) -> Callable[[], object]:
+@torch.no_grad()
+def upsampler(model: GlideModel) -> Step:
     """One prediction of one 256x256 image."""
     features = model.encode_text(model.tokenizer.encode([PROMPT]))
     denoise = bind(model.given((256, 256), torch.rand(1, 3, 64, 64) * 2 - 1, None, None), features)
     x = torch.randn(1, 3, 256, 256)
-    return lambda: denoise(x, Level(500.0, 0.5))
+    return torch.no_grad()(lambda: denoise(x, Level(500.0, 0.5)))
 
 
-def inversion(model: GlideModel) -> Callable[[], object]:
-    """The gradient of four samples' loss on one vector."""
-    from diffusion import Schedule
-
+def inversion(model: GlideModel) -> Step:
+    """The gradient of a batch's loss on one vector."""
     schedule, generator = Schedule(**model.schedule), torch.Generator().manual_seed(0)
-    templates = [["a photo of {}", "a picture of {} in the snow", "{} up close", "one {} in a garden"]] * 4
-    batch = random_batch(
-        torch.rand(4, 3, 64, 64) * 2 - 1, templates, torch.arange(4), torch.arange(4), (3, 64, 64), 1000, generator
-    )
+    images, shape = torch.rand(BATCH, 3, 64, 64) * 2 - 1, (3, 64, 64)
+    every = torch.arange(BATCH)
+    batch = random_batch(images, [TEMPLATES] * BATCH, every, every, shape, schedule.steps, generator)
+    concept = Concept("<x>", model.embedding(DOG)[None])
 
-    def step() -> torch.Tensor:
-        concept = Concept("<x>", model.embedding(3290)[None].requires_grad_())
-        with torch.enable_grad():
-            loss = denoising_loss(model, schedule, batch, "<x>", concept).mean()
-            (gradient,) = torch.autograd.grad(loss, concept.vectors)
-        return gradient
+    def step() -> object:
+        vectors = concept.vectors.clone().requires_grad_()
+        loss = denoising_loss(model, schedule, batch, "<x>", Concept("<x>", vectors)).mean()
+        return torch.autograd.grad(loss, vectors)
 
     return step
 
 
-def measure(part: str, dtype: str) -> None:
-    """Run a part and print what it costs."""
-    model = build("upsample" if part == "upsample" else "base", getattr(torch, dtype))
-    with torch.no_grad():
-        work = {"base": base, "upsample": upsample, "inversion": inversion}[part](model)
-        held, seconds = status("VmRSS"), []
-        Path("/proc/self/clear_refs").write_text("5")     # begin the peak anew: building a model has one of its own
-        for _ in range(4):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
-    peak = status("VmHWM")
-    print(
-        f"{part:9} {dtype:8}  {min(seconds[1:]):6.2f} s  peak {(peak - held) / GIB:.2f} GiB above the weights "
-        f"({held / GIB:.2f} GiB with torch), {peak / GIB:.2f} GiB in all",
-        flush=True,
-    )
-
-
-def main() -> int:
-    """Every part in a process of its own. Returns the exit code."""
-    return max(subprocess.run([sys.executable, __file__, *part.split()]).returncode for part in PARTS)
+def measure() -> Iterator[dict[str, Any]]:
+    """The rows of WORKS."""
+    for work in WORKS:
+        yield from compare([work], Side(build, start), None, rounds=2)
 
 
 if __name__ == "__main__":
-    sys.exit(measure(*sys.argv[1:]) if sys.argv[1:] else main())
+    command(__doc__, measure)

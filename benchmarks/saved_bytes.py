@@ -1,53 +1,28 @@
 """What autograd keeps between the forward and the backward pass of an inversion step, and what each measure takes off.
 
-    python benchmarks/saved_bytes.py
+    python benchmarks/saved_bytes.py [--json FILE]
 
 The UNet of Stable Diffusion 1.5 at 512x512, batch 1, bfloat16, only the context wanting a gradient: on fake tensors,
-which have sizes and no numbers, so nothing is computed. Each line adds a measure to those before it.
+which have sizes and no numbers, so nothing is computed and no time is measured. Each line adds a measure to those
+before it; the peer is autograd without any, with a gradient of every input.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from _measure import command, row
+from _process import Work
+from _saved_bytes import SavedBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.presets import SD1
 from models.unet import UNet
 from models.weights import on_meta
-
-
-class SavedBytes:
-    """A context that counts what autograd keeps for the backward pass: each storage once, `weights` not at all."""
-
-    def __init__(self, *weights: Tensor) -> None:
-        self.weights, self.storages = {self._key(weight) for weight in weights}, {}
-
-    @property
-    def bytes(self) -> int:
-        """So far."""
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-    def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-
-    def _pack(self, x: Tensor) -> Tensor:
-        if (key := self._key(x)) not in self.weights:
-            self.storages[key] = x.untyped_storage()                   # held, so that no other gets its key
-        return x
-
-    @staticmethod
-    def _key(x: Tensor) -> int:
-        return x.untyped_storage()._cdata
 
 
 def plain_group_norm(
@@ -95,17 +70,16 @@ def saved(off: list[str], checkpointing: str, everywhere: bool = False) -> int:
         return counter.bytes
 
 
-def main() -> int:
-    """Print the table. Returns the exit code."""
+def measure() -> Iterator[dict[str, Any]]:
+    """A row a measure; the peer's bytes are those of autograd where everything wants a gradient."""
     measures = list(MEASURES)
-    rows = [("autograd, a gradient everywhere", saved(measures, "none", everywhere=True))]
-    rows.append(("nothing before the context's first use", saved(measures, "none")))
-    rows += [(measure, saved(measures[i + 1 :], "none")) for i, measure in enumerate(measures)]
-    rows += [(f"checkpointing: {level}", saved([], level)) for level in ("attention", "blocks")]
-    for what, count in rows:
-        print(f"{what:40}  {count / 2**20:7.0f} MiB")
-    return 0
+    peer = saved(measures, "none", everywhere=True)
+    found = {"nothing before the context's first use": saved(measures, "none")}
+    found |= {measure: saved(measures[i + 1 :], "none") for i, measure in enumerate(measures)}
+    found |= {f"checkpointing: {level}": saved([], level) for level in ("attention", "blocks")}
+    for what, count in found.items():
+        yield row(Work(what, "bfloat16", 512), None, None, count, peer)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(__doc__, measure)

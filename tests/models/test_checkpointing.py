@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.saved_bytes import SavedBytes
+from benchmarks._saved_bytes import SavedBytes
 from models import ModelError
 from models.checkpointing import checkpoint
 from tests.tiny import tiny_model

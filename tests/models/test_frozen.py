@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.saved_bytes import SavedBytes
+from benchmarks._saved_bytes import SavedBytes
 from models.frozen import conv2d, geglu
 from models.group_norm import frozen_group_norm, normalised
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.saved_bytes import SavedBytes
+from benchmarks._saved_bytes import SavedBytes
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.checkpointing import Checkpointing

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.saved_bytes import SavedBytes
+from benchmarks._saved_bytes import SavedBytes
 from models.sliced_attention import slice_size, sliced_attention
 
 

@@ -1,0 +1,108 @@
+"""Ours and the peer, each in a process of its own, step and step about; a table of the medians, and its JSON.
+
+Both processes live at the same time, and one of them at a time is let do a step, ours, the peer's, ours again, so that
+whatever slows the machine down for a while slows both. Reported are medians, and the largest resident size above what
+was held when the weights were in place: preparing and warming up are part of that.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from _process import PartFailed, Process, Side, Sides, Work
+
+GIB = 2**30
+
+
+def command(doc: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    """What every benchmark's command line does: measure, print the table row by row, and write it, then exit.
+
+    doc: the text of --help. measure: yields rows of `compare`. With --json FILE the rows so far are written after each.
+    Exits 1 with one sentence if a side fails.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table there as well")
+    file, rows = parser.parse_args().json, []
+    if file and not file.parent.is_dir():
+        parser.error(f"{file} cannot be written: there is no folder {file.parent}")
+    print(HEADER, flush=True)
+    try:
+        for row in measure():
+            print(line(row), flush=True)
+            rows.append(row)
+            if file:
+                file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    except PartFailed as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def compare(works: Sequence[Work], ours: Side, peer: Side | None, rounds: int = 3) -> Iterator[dict[str, Any]]:
+    """A row for each of several pieces of work over the same networks, which are built for the first: medians of
+    `rounds` steps of each side, after one to warm up. See `row`. peer: None where there is none to compare with.
+
+    Memory is only told for one piece of work by itself: what a process has freed, it may still hold.
+    """
+    names = {"ours": ours, "peer": peer} if peer else {"ours": ours}
+    with Sides([Process(name, side, works[0]) for name, side in names.items()]) as sides:
+        for work in works:
+            for side in sides:              # both are warm before the first is timed
+                side.ask("start", work)
+                side.ask("warm")
+            seconds = [[side.ask("step") for side in sides] for _ in range(rounds)]
+            peaks = [side.ask("peak") if len(works) == 1 else None for side in sides]
+            missing = [None] * (2 - len(sides))
+            yield row(work, *map(statistics.median, zip(*seconds)), *missing, *peaks, *missing)
+
+
+def compare_cold(work: Work, ours: Side, peer: Side, rounds: int = 3) -> dict[str, Any]:
+    """The row of what a process does once, like loading: new processes for every step, nothing warm."""
+    seconds, peaks = [], []
+    for _ in range(rounds):
+        answers = []
+        for name, side in (("ours", ours), ("peer", peer)):
+            with Sides([Process(name, side, work)]) as (process,):
+                process.ask("start", work)
+                answers.append([process.ask("step"), process.ask("peak")])
+        for several, pair in zip((seconds, peaks), zip(*answers)):
+            several.append(pair)
+    bytes_over = [None if None in each else statistics.median(each) for each in zip(*peaks)]
+    return row(work, *map(statistics.median, zip(*seconds)), *bytes_over)
+
+
+def row(
+    work: Work, ours_s: float | None, peer_s: float | None, ours_bytes: int | None = None, peer_bytes: int | None = None
+) -> dict[str, Any]:
+    """A line of a table as JSON has it; what was not measured is None, and so is its ratio."""
+    return asdict(work) | {
+        "ours_s": ours_s, "peer_s": peer_s, "ratio": ratio(ours_s, peer_s), "ours_bytes_over_weights": ours_bytes,
+        "peer_bytes_over_weights": peer_bytes, "ratio_bytes": ratio(ours_bytes, peer_bytes),
+    }  # fmt: skip
+
+
+def ratio(ours: float | None, peer: float | None) -> float | None:
+    """ours / peer, if both were measured."""
+    return None if ours is None or peer is None else ours / peer
+
+
+HEADER = f"{'work':40} {'dtype':8} {'px':>4} {'mode':10} {'ours s':>8} {'peer s':>8} {'ratio':>6}" + (
+    f" {'ours GiB':>9} {'peer GiB':>9} {'ratio':>6}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people, under HEADER; memory in GiB over the weights."""
+    def number(value: float | None, width: int, digits: int) -> str:
+        return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
+
+    sizes = (row[f"{side}_bytes_over_weights"] for side in ("ours", "peer"))
+    ours, peer = (None if size is None else size / GIB for size in sizes)
+    return (
+        f"{row['work']:40} {row['dtype']:8} {row['resolution']:4} {row['mode']:10} {number(row['ours_s'], 8, 3)} "
+        f"{number(row['peer_s'], 8, 3)} {number(row['ratio'], 6, 2)} {number(ours, 9, 2)} {number(peer, 9, 2)} "
+        f"{number(row['ratio_bytes'], 6, 2)}"
+    )
