@@ -17,6 +17,7 @@ from models import frozen
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
 from models.group_norm import frozen_group_norm
+from models.streaming import Window
 
 
 class Condition(NamedTuple):
@@ -27,12 +28,14 @@ class Condition(NamedTuple):
     checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
                    attention and each feed-forward; "blocks", each residual block and each transformer.
     attention:     the kernel: "sliced", "fused", or "auto" for the faster one.
+    window:        what the layers' weights pass through, if they are streamed; then checkpointing is "blocks".
     """
 
     emb: Tensor
     context: Tensor | None
     checkpointing: Checkpointing = "none"
     attention: AttentionKind = "auto"
+    window: Window | None = None
 
     def run(self, level: Checkpointing, part_of: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """function(*inputs), a part of a module; as a checkpoint if that level is asked for.
@@ -43,7 +46,13 @@ class Condition(NamedTuple):
         inputs = [x.view_as(x) for x in inputs]
         if level == "none" or level != self.checkpointing:
             return function(*inputs)
+        if self.window is not None:
+            function = self.window.through(part_of, function)
         return checkpoint(function, *inputs, weights=part_of.parameters())
+
+    def bring(self, part_of: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """function(*inputs), a layer too small to be worth forgetting: a checkpoint only where weights are streamed."""
+        return self.run("none" if self.window is None else "blocks", part_of, function, *inputs)
 
 
 class Conv2d(nn.Conv2d):
@@ -145,4 +154,7 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
-        return self.conv(twice(x))
+        def double(x: Tensor) -> Tensor:
+            return self.conv(twice(x))
+
+        return double(x) if cond is None else cond.bring(self, double, x)

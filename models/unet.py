@@ -15,7 +15,7 @@ Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from models.layers import (
     twice,
     zero,
 )  # fmt: skip
+from models.setting import require_choice
+from models.streaming import Window
 
 NORM_GROUPS = 32
 Attention = Literal["transformer", "joint", "self", "self_legacy"]
@@ -99,12 +101,6 @@ class UNetConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-def require_choice(what: str, value: str, choices: Any) -> None:
-    """Raise ModelError unless a value is one of a Literal's."""
-    if value not in typing.get_args(choices):
-        raise ModelError(f"{what} is one of {', '.join(typing.get_args(choices))}; {value!r} is none of them")
-
-
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the time enters in between. (B, C_in, h, w) -> (B, C_out, h, w).
 
@@ -145,14 +141,14 @@ class Downsample(nn.Module):
         self.op = conv3x3(channels, channels, stride=2)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        return self.op(x)
+        return cond.bring(self, self.op, x)
 
 
 class Stem(Conv2d):
     """The first convolution; it takes the condition like every other layer and has no use for it."""
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        return super().forward(x)
+        return cond.bring(self, super().forward, x)
 
 
 class Stage(nn.Sequential):
@@ -231,22 +227,26 @@ class UNet(Descent):
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
 
+    def layers(self) -> list[nn.Module]:
+        """What its stages are made of, in the order in which they run."""
+        return [layer for stage in (*self.input_blocks, self.middle_block, *self.output_blocks) for layer in stage]
+
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None,
-        checkpointing: Checkpointing = "none", attention: AttentionKind = "auto",
+        checkpointing: Checkpointing = "none", attention: AttentionKind = "auto", window: Window | None = None,
     ) -> Tensor:  # fmt: skip
         """One look at a noisy image.
 
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
         t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim), where the attention reads one.
         pooled: (B, 4 * model_channels), a text (GLIDE) or a class in one vector, added to the time's, or None.
-        checkpointing, attention: how, see `Condition`; every choice has the same answer and the same gradients.
+        checkpointing, attention, window: how, see `Condition`; answers and gradients are the same.
         Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none.
         """
         require_choice("checkpointing", checkpointing, Checkpointing)
         require_choice("attention", attention, AttentionKind)
         emb = self.embedded(t, x.dtype)                                                        # (B, E)
-        cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention)
+        cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention, window)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, cond)
