@@ -28,7 +28,7 @@ def present(model: Any, network: nn.Module) -> Iterator[None]:
     if model.offload == "none":
         yield
     else:
-        copies = [p.to(device=model.device, dtype=model.dtype) for p in parameters_of(network)]
+        copies = [p.to(device=model.device, dtype=model.dtype, copy=True) for p in parameters_of(network)]
         with computing_with(network, copies):
             yield
 

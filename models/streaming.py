@@ -161,7 +161,8 @@ def views(place: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
     """Tensors of the weights' shapes and memory formats, one after the other in a place."""
     found, start = [], 0
     for w in weights:
-        stride = torch.empty_like(w, device="meta").stride()                         # dense, where w is not
-        found.append(place.as_strided(w.shape, stride, start))
+        piece = place[start : start + w.numel()]
+        channels_last = w.ndim == 4 and w.is_contiguous(memory_format=torch.channels_last)
+        found.append(piece.as_strided(w.shape, w.stride(), start) if channels_last else piece.view(w.shape))
         start += extent([w])
     return found
