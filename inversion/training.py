@@ -204,8 +204,8 @@ class Training:
     def _run(self) -> dict[str, Any]:
         """What must be equal for a training to be continued."""
         run = asdict(self.config) | {"placeholder": self.concept.placeholder, "family": self.model.family}
-        run |= {"dtype": str(self.model.dtype), "images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
-        return run | {"templates": _hash(str(self.templates))}
+        run |= {"images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
+        return run | {"templates": _hash(str(self.templates)), "dtype": str(self.model.dtype)}
 
 
 def freeze(model: Any) -> None:

@@ -21,14 +21,14 @@ from models.streaming import Window
 
 
 class Condition(NamedTuple):
-    """What every layer of a UNet is told beside its input.
+    """What every layer of a UNet is told beside its input. A layer's `reads` names the tensors that it looks at.
 
     emb:           (B, E) embedding of the time (and of whatever else is pooled into one vector).
     context:       (B, L, D) text features for cross-attention, or None.
     checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
                    attention and each feed-forward; "blocks", each residual block and each transformer.
     attention:     the kernel: "sliced", "fused", or "auto" for the faster one.
-    window:        what the layers' weights pass through, if they are streamed; then checkpointing is "blocks".
+    window:        what the layers' weights pass through, if they are streamed.
     """
 
     emb: Tensor
@@ -46,13 +46,7 @@ class Condition(NamedTuple):
         inputs = [x.view_as(x) for x in inputs]
         if level == "none" or level != self.checkpointing:
             return function(*inputs)
-        if self.window is not None:
-            function = self.window.through(part_of, function)
         return checkpoint(function, *inputs, weights=part_of.parameters())
-
-    def bring(self, part_of: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """function(*inputs), a layer too small to be worth forgetting: a checkpoint only where weights are streamed."""
-        return self.run("none" if self.window is None else "blocks", part_of, function, *inputs)
 
 
 class Conv2d(nn.Conv2d):
@@ -154,7 +148,4 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
-        def double(x: Tensor) -> Tensor:
-            return self.conv(twice(x))
-
-        return double(x) if cond is None else cond.bring(self, double, x)
+        return self.conv(twice(x))

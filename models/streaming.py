@@ -9,13 +9,15 @@ forward, downwards backward. Each layer is a checkpoint, so nothing of it but it
 weights come a second time when its gradient is computed. Values and gradients are those of the network itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from models.checkpointing import checkpoint
 
 PLACES = 2
 ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes or more
@@ -101,7 +103,7 @@ class CopyBeside:
 
 
 class Window:
-    """Two places on a device through which the weights of layers pass.
+    """Two places on a device through which the weights of layers pass, and the layers' computation with them.
 
     layers: in the order in which the network runs them; their own weights stay where they are and are only read.
     dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None.
@@ -120,17 +122,19 @@ class Window:
         beside = device.type == "cuda" and torch.cuda.is_available()
         self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
 
-    def through(self, layer: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function that computes with a layer's weights, as one for which they come to the device each time.
+    def run(self, layer: nn.Module, x: Tensor, cond: Any) -> Tensor:
+        """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.layers.Condition.
 
-        What it keeps for a gradient is overwritten when the next layers come: it has to be a checkpoint.
+        Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
         """
+        reads = getattr(layer, "reads", ())
 
-        def compute(*inputs: Tensor) -> Tensor:
+        def compute(x: Tensor, *read: Tensor) -> Tensor:
+            inside = cond._replace(window=None, checkpointing="none", **dict(zip(reads, read)))
             with computing_with(layer, self.take(self.index[layer])):
-                return function(*inputs)
+                return layer(x, inside)
 
-        return compute
+        return checkpoint(compute, x, *(getattr(cond, name) for name in reads))
 
     def take(self, i: int) -> list[Tensor]:
         """The weights of layer i on the device; the layer after it, in the direction of travel, is on its way."""

@@ -108,6 +108,8 @@ class ResBlock(nn.Module):
     before it. resample: `twice` or `half`, applied to both branches before their first convolution.
     """
 
+    reads = ("emb",)
+
     def __init__(
         self, c_in: int, c_out: int, emb_dim: int, scale_shift: bool = False,
         resample: Callable[[Tensor], Tensor] | None = None,
@@ -141,22 +143,26 @@ class Downsample(nn.Module):
         self.op = conv3x3(channels, channels, stride=2)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        return cond.bring(self, self.op, x)
+        return self.op(x)
 
 
 class Stem(Conv2d):
     """The first convolution; it takes the condition like every other layer and has no use for it."""
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        return cond.bring(self, super().forward, x)
+        return super().forward(x)
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, all told the same condition."""
+    """Layers in a row, all told the same condition.
+
+    Each sees an alias of its input, which collects the gradients of its uses: they are added in the same order as
+    where a window makes a checkpoint of the layer, and are the same to the bit.
+    """
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         for layer in self:
-            x = layer(x, cond)
+            x = layer(x.view_as(x), cond) if cond.window is None else cond.window.run(layer, x, cond)
         return x
 
 
