@@ -23,7 +23,7 @@ class LiveMemory(TorchDispatchMode):
 
     device: "cpu", "cuda" or "meta"; what lies elsewhere is not counted. workspace: of an operation and its arguments,
     the bytes that its kernel takes beside them and the result. block: sizes are rounded up to multiples of it, as
-    allocators do.
+    allocators do. times: for how many like it the next operations stand, when `flops` are counted.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.device, self.workspace, self.block = device, workspace, block
         self.live = self.peak = self.flops = 0
+        self.times = 1
         self._seen: dict[int, weakref.ref] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
@@ -53,7 +54,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.live + self.workspace(func, args))
         count = FLOPS.get(func._overloadpacket)
         if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+            self.flops += self.times * count(*args, **(kwargs or {}), out_val=out)
         return out
 
     def _add(self, tensor: Tensor) -> None:

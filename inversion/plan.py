@@ -10,12 +10,14 @@ device, and its fused attention is the operation that calls CUDA's kernel.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ from inversion.objective import Batch, loss_and_gradient
 from inversion.prompts import SLOT
 from inversion.sizes import size
 from models import Setting, outline
+from models import sliced_attention as slices
+from models.attend import best_kind
 from models.setting import place
 from models.streaming import CopyAtOnce, parameters_of
 from models.weights import cpu_has_bfloat16, on_meta
@@ -92,13 +96,15 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
         dtypes = dtypes[::-1] if cpu_has_bfloat16() else dtypes
     else:
         dtypes, offloads = [torch.float16, torch.float32], ["none", "idle", "stream"]
-    axes = {
-        "dtype": dtypes, "checkpointing": ["none", "attention", "blocks"],
-        "attention": ["fused", "sliced"], "offload": offloads,
-    }  # fmt: skip
-    axes |= {name: [value] for name, value in fixed.items() if value is not None}
-    found = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    return [Setting(**each) for each in found if each["offload"] != "stream" or each["checkpointing"] == "blocks"]
+    axes = {"dtype": dtypes, "checkpointing": ["none", "attention", "blocks"], "offload": offloads}
+    axes |= {name: [value] for name, value in fixed.items() if value is not None and name != "attention"}
+    found = []
+    for dtype, checkpointing, offload in itertools.product(*axes.values()):
+        fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if device.type == "cpu" else META))
+        for kind in [fixed["attention"]] if fixed.get("attention") else sorted(("fused", "sliced"), key=fast.__ne__):
+            if offload != "stream" or checkpointing == "blocks":
+                found.append(Setting(dtype, checkpointing, kind, offload))
+    return found
 
 
 def fastest(planned: Sequence[Planned], budget: int) -> Planned:
@@ -120,9 +126,9 @@ def fastest(planned: Sequence[Planned], budget: int) -> Planned:
 def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, batch_size: int) -> Planned:
     """The peak of encoding an image and of a step, and what the step computes."""
     on_cpu = device.type == "cpu"
-    where, fake = (CPU, FakeTensorMode(allow_non_fake_inputs=True)) if on_cpu else (META, CudaAttention())
+    where, fake = (CPU, FakeTensorMode(allow_non_fake_inputs=True)) if on_cpu else (META, nullcontext())
     memory = LiveMemory(where.type, *((cpu_workspace, 1) if on_cpu else (cuda_workspace, CUDA_BLOCK)))
-    with fake:
+    with fake, as_on(device, memory):
         _write(_networks(shell).values(), setting.dtype, where)
         model = replace(shell)
         waiting = _waiting(model, setting.offload)
@@ -133,7 +139,7 @@ def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, ba
     model.release_encoder()
     _write((part for name, part in _networks(shell).items() if vars(model)[name] is not part), setting.dtype, META)
     memory.flops = 0
-    with fake, memory:
+    with fake, as_on(device, memory), memory:
         _step(model, moments.shape[1:], model.x0_shape(side, side), batch_size, where)
     moved = 2 * sum(p.nbytes for p in _parameters(model) if id(p) in waiting)        # forward, and backward again
     return Planned(setting, memory.peak + (0 if on_cpu else CUBLAS), memory.flops, moved)
@@ -156,22 +162,28 @@ class AnyTime(Schedule):
         return torch.ones(len(t), dtype=torch.float64)
 
 
-class CudaAttention:
-    """Within the block fused attention is what it is on CUDA; on meta tensors torch takes the formula, with all scores.
+@contextmanager
+def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
+    """Within the block attention on tensors without numbers is what it is on a device.
 
-    It is memory-efficient attention, which every CUDA device has; flash attention keeps and takes the same.
+    Fused, on meta tensors torch would take the formula, with all scores: here it is memory-efficient attention, which
+    every CUDA device has; flash attention keeps and takes the same. Of slices, which are all alike, one is run and its
+    operations are counted for all.
     """
 
-    def __enter__(self) -> None:
-        self.own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self._efficient
-
-    def __exit__(self, *error: object) -> None:
-        F.scaled_dot_product_attention = self.own
-
-    @staticmethod
-    def _efficient(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    def efficient(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps, 0.0, is_causal)[0]
+
+    def one_for_all(q: Tensor, heads: int) -> Iterator[tuple[int, slice]]:
+        count = q.shape[0] * -(-q.shape[1] // heads)
+        memory.times *= count
+        yield 0, slice(0, heads)
+        memory.times //= count
+
+    fused = F.scaled_dot_product_attention if device.type == "cpu" else efficient
+    with patch.object(F, "scaled_dot_product_attention", fused), patch.object(slices, "some_heads", one_for_all):
+        yield
 
 
 def _networks(model: Any) -> dict[str, nn.Module]:

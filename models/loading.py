@@ -56,7 +56,7 @@ def load(
     The files must stay as they are while the model is used: its weights are their memory maps wherever
     nothing has to be converted or moved.
     """
-    device = _device(device)
+    device = choose_device(device)
     Setting(torch.float32, checkpointing, attention, offload)
     waits = offload != "none"
     how, where = (STORED, torch.device("cpu")) if waits else (dtype, device)
@@ -101,13 +101,19 @@ def _refuse_options(source: str | Path, prediction: str | None, variant: str | N
         raise ModelError(f"{source} is GLIDE's: prediction and variant are for Stable Diffusion, leave them out")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def choose_device(device: torch.device | str | None, must_be_there: bool = True) -> torch.device:
+    """The device of a name; None is the GPU if there is one. Raises ModelError for one that there is not.
+
+    must_be_there: False for a GPU that is only planned for.
+    """
     has_gpu = torch.cuda.is_available()
     try:
         device = torch.device(device or ("cuda" if has_gpu else "cpu"))
     except RuntimeError as error:
         raise ModelError(f"there is no device {device!r}: use cpu, or cuda for an NVIDIA GPU") from error
-    if device.type == "cuda" and not has_gpu:
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"models run on cpu and on cuda, not on {device.type}")
+    if device.type == "cuda" and not has_gpu and must_be_there:
         raise ModelError("device cuda was asked for, but this torch sees no GPU: use cpu, or a CUDA build of torch")
     return device
 
