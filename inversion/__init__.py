@@ -12,6 +12,7 @@ from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
 from inversion.images import find_images, read_folder, read_images
+from inversion.plan import Planned, fastest, plan, settings_for
 from inversion.prompts import TEMPLATES, check_prompts, read_templates, templates_for
 from inversion.trainer import Result, state_file, train
 from inversion.training import StepReport, Training
@@ -20,15 +21,19 @@ __all__ = [
     "TEMPLATES",
     "Concept",
     "InversionError",
+    "Planned",
     "Result",
     "StepReport",
     "TrainConfig",
     "Training",
     "check_prompts",
+    "fastest",
     "find_images",
+    "plan",
     "read_folder",
     "read_images",
     "read_templates",
+    "settings_for",
     "state_file",
     "templates_for",
     "train",

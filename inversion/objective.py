@@ -81,6 +81,22 @@ def denoising_loss(
     return mse(output, target(schedule, model.prediction, x0, t, noise))
 
 
+@torch.enable_grad()
+def loss_and_gradient(
+    model: Any, schedule: Schedule, batch: Batch, concept: Concept, samples: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A batch's part in the mean loss of a step, (), float32, and its gradient in the word's vectors, (n, D).
+
+    concept: its vectors ask for a gradient. samples: of the whole step. scale: a factor on the way back, taken off at
+    its end, so that small gradients survive in float16.
+    """
+    loss = denoising_loss(model, schedule, batch, concept.placeholder, concept).sum() / samples
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss * scale, concept.vectors, allow_unused=True)
+    return loss.detach(), torch.zeros_like(concept.vectors) if gradient is None else gradient / scale
+
+
 def encode_prompts(model: Any, prompts: Sequence[str], concept: Concept | None) -> TextFeatures:
     """Run the text transformer once a distinct prompt, and hand each prompt its features.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from inversion.errors import InversionError
+from inversion.scaling import after_overflow, after_updates
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 PROGRESS = 1e-3  # a validation loss lower by this part of the best one counts as progress
@@ -30,7 +31,7 @@ class State:
     step: steps taken, of which updates changed something; skipped: steps of non-finite loss, in_a_row those
     just now. losses: of every step, nan where skipped. history: a row a validation. best_step: when `best`
     was met. stale: validations since the last progress, and reference: the loss that counts as progress from.
-    seconds: spent.
+    seconds: spent. scale: of the loss, None where it is not scaled; clean: updates since it changed.
     """
 
     vectors: Tensor
@@ -48,12 +49,14 @@ class State:
     reference: float = float("inf")
     stale: int = 0
     seconds: float = 0.0
+    scale: float | None = None
+    clean: int = 0
 
     @classmethod
-    def start(cls, vectors: Tensor) -> "State":
+    def start(cls, vectors: Tensor, scale: float | None = None) -> "State":
         """Before the first step. vectors: (n, D)."""
         vectors = vectors.detach().float().cpu().clone()
-        return cls(vectors, torch.zeros_like(vectors), torch.zeros_like(vectors), vectors)
+        return cls(vectors, torch.zeros_like(vectors), torch.zeros_like(vectors), vectors, scale=scale)
 
     def updated(self, gradient: Tensor, rate: float, loss: float) -> "State":
         """One step of Adam down a finite gradient (n, D) float32."""
@@ -63,11 +66,13 @@ class State:
         scale = (square / (1 - beta2**k)).sqrt() + EPSILON
         vectors = self.vectors - rate * (mean / (1 - beta1**k)) / scale
         passed = {"step": self.step + 1, "updates": k, "in_a_row": 0, "losses": (*self.losses, loss)}
+        passed["scale"], passed["clean"] = after_updates(self.scale, self.clean + 1)
         return replace(self, vectors=vectors, mean=mean, square=square, **passed)
 
     def passed_over(self) -> "State":
-        """A step whose loss or gradient was not finite changes nothing and is counted."""
+        """A step whose loss or gradient was not finite changes no vector, is counted, and halves the scale."""
         counted = {"skipped": self.skipped + 1, "in_a_row": self.in_a_row + 1, "step": self.step + 1}
+        counted |= {"scale": after_overflow(self.scale), "clean": 0}
         return replace(self, losses=(*self.losses, float("nan")), **counted)
 
     def validated(self, loss: float, row: dict[str, Any]) -> "State":

@@ -11,6 +11,7 @@ from torch import Tensor
 from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
+from inversion.exhaustion import advice, is_out_of_memory
 from inversion.training import DEFAULTS, StepReport, Training
 
 
@@ -41,11 +42,28 @@ def train(
     of the training, FILE.training.pt: at every checkpoint, at the end, and before any interruption (Ctrl-C
     too) is passed on. resume: continue from that state. on_step: called after each step.
 
-    Raises what `Training` does, and InversionError when there is nothing to resume.
+    Raises what `Training` does, and InversionError when there is nothing to resume, and when a device runs out of
+    memory, naming the next cheaper setting.
     """
     if resume and file is None:
         raise InversionError("there is nothing to resume: say which file the interrupted training writes")
     file = None if file is None else Path(file)
+    try:
+        training = _trained(model, concept, images, templates, config, file, resume, keep_encoder, on_step)
+        return Result(training.best(), _metrics(training, name), training.state.history)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        saved = file is not None and state_file(file).exists()
+        kept = f"; the vectors so far are saved, {state_file(file)} can be resumed from" if saved else ""
+        raise InversionError(advice(model) + kept) from error
+
+
+def _trained(
+    model: Any, concept: Concept, images: Tensor, templates: Sequence[Sequence[str]], config: TrainConfig,
+    file: Path | None, resume: bool, keep_encoder: bool, on_step: Callable[[StepReport], object] | None,
+) -> Training:  # fmt: skip
+    """The training when it has ended, everything written. Whatever ends it early finds the state written, too."""
     training = Training(model, concept, images, templates, config, keep_encoder)
     if resume:
         training.resume(state_file(file))
@@ -62,7 +80,7 @@ def train(
                 training.best().save(file)
     if file is not None:
         training.best().save(file)
-    return Result(training.best(), _metrics(training, name), training.state.history)
+    return training
 
 
 def state_file(file: Path) -> Path:

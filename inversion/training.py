@@ -3,14 +3,14 @@
     images ──moments, cached──▶ draw_x0 ──▶ x_0 ──q_sample──▶ x_t ──┐
     templates ──▶ ids ──encode_text, vectors──▶ context ────────────┴──▶ predict ──▶ loss ──▶ vectors
 
-`model` is anything with what `models.LatentModel` offers: tokenizer, schedule, prediction, device, width,
-family, source, moments, draw_x0, x0_shape, encode_text, predict, release_encoder. Nothing here asks which
+`model` is anything with what `models.LatentModel` offers: tokenizer, schedule, prediction, device, dtype, width,
+family, source, setting, moments, draw_x0, x0_shape, encode_text, predict, release_encoder. Nothing here asks which
 family it is.
 
-Vectors, optimiser and losses are float32 on the CPU whatever the networks run in. The random numbers of a
-step come from a generator seeded by (seed, step) alone, so no generator's state needs keeping. A step that
-meets a non-finite loss is passed over; a training that meets them again and again, or that moves nothing,
-stops and says so.
+Vectors, optimiser and losses are float32 on the CPU whatever the networks run in; the loss of networks in float16 is
+scaled (see `scaling`). The random numbers of a step come from a generator seeded by (seed, step) alone, so no
+generator's state needs keeping. A step that meets a non-finite loss or gradient is passed over; a training that meets
+them again and again, or that moves nothing, stops and says so.
 """
 
 import hashlib
@@ -29,8 +29,9 @@ from diffusion import Schedule
 from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
-from inversion.objective import Batch, denoising_loss, random_batch
+from inversion.objective import Batch, loss_and_gradient, random_batch
 from inversion.prompts import check_prompts
+from inversion.scaling import first_scale
 from inversion.state import State
 from inversion.validation import Validation
 
@@ -87,7 +88,7 @@ class Training:
             model, self.schedule, self.moments, templates, self.shape,
             config.validation_pairs, config.batch_size,
         )  # fmt: skip
-        self.state = State.start(concept.vectors)
+        self.state = State.start(concept.vectors, first_scale(model.dtype))
 
     def steps(self) -> Iterator[StepReport]:
         """Advance to the last step, or until patience ends. `state` is whole whenever this is interrupted.
@@ -143,20 +144,15 @@ class Training:
         validation_loss = state.history[-1]["validation_loss"] if due else None
         return StepReport(state.step, state.losses[-1], rate, validation_loss, state.best_loss)
 
-    @torch.enable_grad()
     def _gradient(self, state: State) -> tuple[float, Tensor]:
         """The mean loss of this step's samples, and its gradient (n, D) float32."""
         vectors = state.vectors.clone().requires_grad_()
         concept, batch = Concept(self.concept.placeholder, vectors), self._batch(state.step)
-        total, gradient = 0.0, torch.zeros_like(vectors)
+        total, gradient, scale = 0.0, torch.zeros_like(state.vectors), state.scale or 1.0
         for part in batch.parts(self.config.batch_size):
-            losses = denoising_loss(self.model, self.schedule, part, concept.placeholder, concept)
-            loss = losses.sum() / len(batch)
-            total += loss.item()
-            if loss.requires_grad:
-                (piece,) = torch.autograd.grad(loss, vectors, allow_unused=True)
-                gradient = gradient if piece is None else gradient + piece
-        return total, gradient.detach()
+            loss, piece = loss_and_gradient(self.model, self.schedule, part, concept, len(batch), scale)
+            total, gradient = total + loss.item(), gradient + piece
+        return total, gradient
 
     def _batch(self, step: int) -> Batch:
         """Samples of a step: each image as often as any other, as nearly as the size allows."""
@@ -209,7 +205,7 @@ class Training:
         """What must be equal for a training to be continued."""
         run = asdict(self.config) | {"placeholder": self.concept.placeholder, "family": self.model.family}
         run |= {"images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
-        return run | {"templates": _hash(str(self.templates))}
+        return run | {"templates": _hash(str(self.templates)), "dtype": str(self.model.dtype)}
 
 
 def freeze(model: Any) -> None:

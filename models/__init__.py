@@ -11,10 +11,12 @@ from models.glide import GlideModel
 from models.glide_hub import load_noisy_clip
 from models.latent import LatentModel
 from models.loading import load, save
+from models.outline import outline
+from models.setting import Setting
 from models.text import TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 
 __all__ = [
     "AttentionKind", "Checkpointing", "ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures",
-    "Tokens", "load", "load_noisy_clip", "save",
+    "Setting", "Tokens", "load", "load_noisy_clip", "outline", "save",
 ]  # fmt: skip

@@ -125,6 +125,8 @@ class JointAttention(nn.Module):
     query, key and value of the first head, then of the second.
     """
 
+    reads = ("context",)
+
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
@@ -150,6 +152,8 @@ class SpatialTransformer(nn.Module):
     linear_proj: project in and out by linear layers (SD 2.x) instead of 1x1 convolutions (SD 1.x). The numbers are
     the same; the shapes in the files are not.
     """
+
+    reads = ("context",)
 
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int, depth: int, linear_proj: bool) -> None:
         super().__init__()

@@ -54,6 +54,17 @@ def read_folder(
     variant: str | None,
 ) -> LatentModel:
     """Load a folder; arguments as in `models.load`. Raises ModelError for all that does not fit."""
+    model = outline_folder(folder, prediction)
+    for part, (role, network) in _networks(model).items():
+        weights = find_weights(folder / part, STEMS[part], variant)
+        known = {name: layout for name, layout in LAYOUTS[role].items() if name.startswith("diffusers")}
+        model.names[role] = best_layout(network, known, weights.open())
+        model.kept[role] = fill([Part(network, known[model.names[role]])], weights, dtype, device)
+    return model
+
+
+def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
+    """What the configurations in a folder say, on the meta device; raises as `read_folder`."""
     for other in OTHER_FAMILIES:
         if (folder / other).exists():
             raise ModelError(f"{folder} has a {other}: it is not a Stable Diffusion 1.x or 2.x model")
@@ -61,7 +72,7 @@ def read_folder(
     unet, vae = _understood(configs.read_unet, files["unet"]), _understood(configs.read_vae, files["vae"])
     text = _understood(configs.read_text, files["text_encoder"])
     schedule, says = _schedule(folder / "scheduler" / "scheduler_config.json", text)
-    model = LatentModel(
+    return LatentModel(
         family=presets.family_of(text),
         unet=on_meta(lambda: UNet(unet)),
         vae=on_meta(lambda: VAE(vae)),
@@ -72,12 +83,6 @@ def read_folder(
         resolution=_understood(configs.read_sample_size, files["unet"]) * vae.factor,
         source=str(folder),
     )
-    for part, (role, network) in _networks(model).items():
-        weights = find_weights(folder / part, STEMS[part], variant)
-        known = {name: layout for name, layout in LAYOUTS[role].items() if name.startswith("diffusers")}
-        model.names[role] = best_layout(network, known, weights.open())
-        model.kept[role] = fill([Part(network, known[model.names[role]])], weights, dtype, device)
-    return model
 
 
 def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:

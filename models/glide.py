@@ -20,6 +20,9 @@ from models.errors import ModelError
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
 from models.latent import Sampling, at_least_float32
+from models.offload import Offload, require_no_offload, visit
+from models.setting import Setting
+from models.streaming import Window
 from models.text import TextFeatures
 from models.tokenizer import Tokens
 from models.unet import UNet
@@ -44,7 +47,7 @@ class GlideModel:
     factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
     inpaints: it keeps a part of an image. source: where it is from. upsampler: what enlarges this one's images, if
     anything does. checkpointing, attention: how this one's UNet runs, see models.layers.Condition; answers are the
-    same.
+    same. offload, window: what waits in host memory while it does not compute, as `models.load` placed it.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -61,6 +64,8 @@ class GlideModel:
     upsampler: "GlideModel | None" = None
     checkpointing: Checkpointing = "none"
     attention: AttentionKind = "auto"
+    offload: Offload = "none"
+    window: Window | None = None
     pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -108,8 +113,17 @@ class GlideModel:
         """The device that the networks are on."""
         return next(self.unet.parameters()).device
 
+    @property
+    def setting(self) -> Setting:
+        """How it is run."""
+        return Setting(self.dtype, self.checkpointing, self.attention, self.offload)
+
     def to(self, device: torch.device | str) -> "GlideModel":
-        """Move the networks, and the upsampler's, to a device. Returns itself."""
+        """Move the networks, and the upsampler's, to a device. Returns itself.
+
+        Raises ModelError for a model with offload, whose networks have their places.
+        """
+        require_no_offload(self)
         for part in (self.unet, self.text, self.upsampler):
             if part is not None:
                 part.to(device)
@@ -125,7 +139,7 @@ class GlideModel:
         extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them.
         """
         extra = None if extra is None else extra.to(self.device)
-        return self.text(tokens.ids.to(self.device), tokens.mask.to(self.device), extra)
+        return TextFeatures(*visit(self, self.text, tokens.ids.to(self.device), tokens.mask.to(self.device), extra))
 
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         """The UNet's raw answer (B, 6, H, W), float32: eps, then where the variance lies, in [-1, 1].
@@ -155,8 +169,9 @@ class GlideModel:
 
     def _predict(self, channels: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         context, pooled = (feature.to(self.dtype) for feature in features)
-        t, how = t.to(channels.device), {"checkpointing": self.checkpointing, "attention": self.attention}
-        return at_least_float32(self.unet(channels.to(self.dtype), t, context, pooled, **how))
+        t, channels = t.to(channels.device), channels.to(self.dtype)
+        how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
+        return at_least_float32(self.unet(channels, t, context, pooled, **how))
 
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], which are their own x_0."""

@@ -31,6 +31,13 @@ PARTS = ("base", "upsample")
 
 def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
     """Load a file; the arguments are those of `models.load`. Raises ModelError for all that does not fit."""
+    model = outline_glide(path)
+    fill(_parts(model), Weights((path,)), dtype, device)
+    return model
+
+
+def outline_glide(path: Path) -> GlideModel:
+    """What a file's shapes and metadata say, on the meta device; raises as `read_glide`."""
     weights = Weights((path,))
     if (kind := kind_of(weights.open())) != GLIDE_KIND:
         raise ModelError(f"{path} is {kind.words}, and one of GLIDE's networks is needed")
@@ -40,13 +47,16 @@ def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device
     else:
         preset = _published(tuple(weights.open()[STEM].shape), path)
         tokenizer = GlideTokenizer.gpt2(preset.text.length)
-    model = GlideModel(
+    return of_preset(preset, tokenizer, str(path))
+
+
+def of_preset(preset: GlidePreset, tokenizer: GlideTokenizer, source: str) -> GlideModel:
+    """A network on the meta device."""
+    return GlideModel(
         unet=on_meta(lambda: UNet(preset.unet)), text=on_meta(lambda: GlideText(preset.text)), tokenizer=tokenizer,
         schedule=dict(preset.schedule), resolution=preset.resolution, factor=preset.factor,
-        inpaints=preset.inpaints, source=str(path),
+        inpaints=preset.inpaints, source=source,
     )  # fmt: skip
-    fill(_parts(model), weights, dtype, device)
-    return model
 
 
 def cascade_files(folder: Path) -> list[Path]:

@@ -34,6 +34,14 @@ def download(repository: str, variant: str | None) -> Path:
         raise ModelError(f"{repository} cannot be fetched from the hub: {error}") from error
 
 
+def cached(repository: str) -> Path | None:
+    """The local folder of a repository, if its settings are in the download cache; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = [try_to_load_from_cache(repository, f"{part}/config.json") for part in STEMS]
+    return Path(files[0]).parents[1] if all(isinstance(file, str) for file in files) else None
+
+
 def _fetch(repository: str, variant: str | None, suffix: str) -> Path:
     from huggingface_hub import snapshot_download
 

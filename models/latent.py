@@ -14,10 +14,14 @@ from torch import Tensor
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
+from models.offload import Offload, present, require_no_offload, visit
+from models.setting import Setting
+from models.streaming import Window
 from models.text import ClipText, TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 from models.unet import UNet
 from models.vae import VAE
+from models.weights import on_meta
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -47,6 +51,8 @@ class LatentModel:
     source: where it is from.
     names, kept: how the loaded file named its tensors, and those of them that no network uses, for `save`.
     checkpointing, attention: how `predict` runs the UNet, see models.layers.Condition; answers are the same.
+    offload, window: what waits in host memory while it does not compute, as `models.load` placed it. released: the
+    VAE has left for good.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -67,6 +73,9 @@ class LatentModel:
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     checkpointing: Checkpointing = "none"
     attention: AttentionKind = "auto"
+    offload: Offload = "none"
+    window: Window | None = None
+    released: bool = False
 
     def __post_init__(self) -> None:
         unet, text, latents = self.unet.config, self.text.config, self.vae.config.latent_channels
@@ -107,11 +116,18 @@ class LatentModel:
         """The device that the UNet is on."""
         return next(self.unet.parameters()).device
 
+    @property
+    def setting(self) -> Setting:
+        """How it is run."""
+        return Setting(self.dtype, self.checkpointing, self.attention, self.offload)
+
     def to(self, device: torch.device | str) -> "LatentModel":
-        """Move all networks, this object's own, to a device. Returns itself."""
-        for network in (
-            (self.unet, self.text) if self._encoder_is_gone() else (self.unet, self.text, self.vae)
-        ):
+        """Move all networks, this object's own, to a device. Returns itself.
+
+        Raises ModelError for a model with offload, whose networks have their places.
+        """
+        require_no_offload(self)
+        for network in (self.unet, self.text) if self.released else (self.unet, self.text, self.vae):
             network.to(device)
         return self
 
@@ -124,20 +140,21 @@ class LatentModel:
 
         extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them.
         """
-        device = self.text.final_layer_norm.weight.device
-        return self.text(tokens.ids.to(device), extra=None if extra is None else extra.to(device))
+        extra = None if extra is None else extra.to(self.device)
+        return TextFeatures(*visit(self, self.text, tokens.ids.to(self.device), extra))
 
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,)."""
         x_t, context = x_t.to(self.dtype), features.context.to(self.dtype)
-        t, how = t.to(x_t.device), {"checkpointing": self.checkpointing, "attention": self.attention}
-        return at_least_float32(self.unet(x_t, t, context, **how))
+        how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
+        return at_least_float32(self.unet(x_t, t.to(x_t.device), context, **how))
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance."""
-        weight = self._encoder_weight()
-        return at_least_float32(self.vae.encode(images.to(weight)))
+        self._require_encoder()
+        with present(self, self.vae):
+            return at_least_float32(self.vae.encode(images.to(self.vae.quant_conv.weight)))
 
     def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Moments (B, 2C, h, w) and noise (B, C, h, w) ~ N(0, 1) -> scaled latents (B, C, h, w), float32."""
@@ -146,8 +163,9 @@ class LatentModel:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1]."""
-        weight = self._encoder_weight()
-        return at_least_float32(self.vae.decode(x0.to(weight))).clamp(-1.0, 1.0)
+        self._require_encoder()
+        with present(self, self.vae):
+            return at_least_float32(self.vae.decode(x0.to(self.vae.quant_conv.weight))).clamp(-1.0, 1.0)
 
     def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image's latents. Raises ModelError for a size that the networks cannot halve."""
@@ -162,17 +180,13 @@ class LatentModel:
 
     def release_encoder(self) -> None:
         """Let the VAE's weights leave memory; `moments` and `decode` raise ModelError from then on."""
-        self.vae.to("meta")
+        self.vae, self.released = on_meta(lambda: VAE(self.vae.config)), True
 
-    def _encoder_is_gone(self) -> bool:
-        return next(self.vae.parameters()).is_meta
-
-    def _encoder_weight(self) -> Tensor:
-        if self._encoder_is_gone():
+    def _require_encoder(self) -> None:
+        if self.released:
             raise ModelError(
                 "the VAE was released from memory (release_encoder): load the model again to use it"
             )
-        return next(self.vae.parameters())
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -17,22 +17,25 @@ from models import frozen
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
 from models.group_norm import frozen_group_norm
+from models.streaming import Window
 
 
 class Condition(NamedTuple):
-    """What every layer of a UNet is told beside its input.
+    """What every layer of a UNet is told beside its input. A layer's `reads` names the tensors that it looks at.
 
     emb:           (B, E) embedding of the time (and of whatever else is pooled into one vector).
     context:       (B, L, D) text features for cross-attention, or None.
     checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
                    attention and each feed-forward; "blocks", each residual block and each transformer.
     attention:     the kernel: "sliced", "fused", or "auto" for the faster one.
+    window:        what the layers' weights pass through, if they are streamed.
     """
 
     emb: Tensor
     context: Tensor | None
     checkpointing: Checkpointing = "none"
     attention: AttentionKind = "auto"
+    window: Window | None = None
 
     def run(self, level: Checkpointing, part_of: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """function(*inputs), a part of a module; as a checkpoint if that level is asked for.

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from models.attend import AttentionKind
+from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.files import open_tensors
 from models.folder import read_folder, write_folder
@@ -19,7 +21,10 @@ from models.glide_file import cascade_files, read_cascade, read_glide, write_gli
 from models.glide_hub import CASCADES, load_cascade
 from models.kinds import GLIDE, kind_of
 from models.latent import LatentModel
+from models.offload import Offload
+from models.setting import Setting, place
 from models.single_file import SUFFIXES, read_single_file, write_single_file
+from models.weights import STORED, choose_dtype
 
 EMBEDDED = {"emoji": Path(__file__).parent / "data" / "emoji"}
 
@@ -31,6 +36,9 @@ def load(
     *,
     prediction: str | None = None,
     variant: str | None = None,
+    checkpointing: Checkpointing = "none",
+    attention: AttentionKind = "auto",
+    offload: Offload = "none",
 ) -> LatentModel | GlideModel:
     """Load a model, frozen and ready to use.
 
@@ -41,14 +49,29 @@ def load(
     dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
     says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors.
+    checkpointing, attention, offload: how it runs, see `Setting`.
 
-    Raises ModelError for a source that is not there, cannot be read, or does not fit; for float16 on a CPU.
+    Raises ModelError for a source that is not there, cannot be read, or does not fit; for float16 on a CPU; and as
+    `Setting` does.
     The files must stay as they are while the model is used: its weights are their memory maps wherever
     nothing has to be converted or moved.
     """
-    device = _device(device)
+    device = choose_device(device)
+    Setting(torch.float32, checkpointing, attention, offload)
+    waits = offload != "none"
+    how, where = (STORED, torch.device("cpu")) if waits else (dtype, device)
+    model = _read(source, how, where, prediction, variant)
+    place(model, Setting(choose_dtype(dtype, model.dtype, device), checkpointing, attention, offload), device)
+    return model
+
+
+def _read(
+    source: str | Path, dtype: torch.dtype | str | None, device: torch.device, prediction: str | None,
+    variant: str | None,
+) -> LatentModel | GlideModel:  # fmt: skip
+    """A model on a device, or waiting there."""
     if source in EMBEDDED:
-        model = load(EMBEDDED[source], dtype=dtype, device=device, prediction=prediction, variant=variant)
+        model = _read(EMBEDDED[source], dtype, device, prediction, variant)
         model.source = source
         return model
     if source in CASCADES:
@@ -78,13 +101,19 @@ def _refuse_options(source: str | Path, prediction: str | None, variant: str | N
         raise ModelError(f"{source} is GLIDE's: prediction and variant are for Stable Diffusion, leave them out")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def choose_device(device: torch.device | str | None, must_be_there: bool = True) -> torch.device:
+    """The device of a name; None is the GPU if there is one. Raises ModelError for one that there is not.
+
+    must_be_there: False for a GPU that is only planned for.
+    """
     has_gpu = torch.cuda.is_available()
     try:
         device = torch.device(device or ("cuda" if has_gpu else "cpu"))
     except RuntimeError as error:
         raise ModelError(f"there is no device {device!r}: use cpu, or cuda for an NVIDIA GPU") from error
-    if device.type == "cuda" and not has_gpu:
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"models run on cpu and on cuda, not on {device.type}")
+    if device.type == "cuda" and not has_gpu and must_be_there:
         raise ModelError("device cuda was asked for, but this torch sees no GPU: use cpu, or a CUDA build of torch")
     return device
 
@@ -108,7 +137,7 @@ def save(
     if isinstance(model, GlideModel):
         write_glide(model, Path(path), dtype)
         return
-    if next(model.vae.parameters()).is_meta:
+    if model.released:
         raise ModelError(
             "the VAE was released from memory (release_encoder): load the model again to save it"
         )

@@ -4,8 +4,11 @@ Stable Diffusion 1.4 and 1.5 are one architecture trained for longer, and so are
 models for 512 pixels predict epsilon and those for 768 predict v; everything else about them is the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from models.classifier import ClassifierConfig
 from models.errors import ModelError
@@ -16,6 +19,7 @@ from models.tokenizer import ClipTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from models.vocabulary import clip_vocabulary, from_merges
+from models.weights import on_meta
 
 SD_SCHEDULE: dict[str, Any] = {
     "name": "scaled_linear",
@@ -166,14 +170,23 @@ def known_prediction(says: str | None, where: str) -> str:
 
 def untrained(preset: Preset) -> LatentModel:
     """A model of random weights (from torch's global generator), frozen, in float32 on the CPU."""
+    return _of(preset, lambda make: make().requires_grad_(False).eval())
+
+
+def outline_preset(preset: Preset) -> LatentModel:
+    """A model on the meta device: sizes without numbers."""
+    return _of(preset, on_meta)
+
+
+def _of(preset: Preset, build: Callable[[Callable[[], nn.Module]], Any]) -> LatentModel:
     vocabulary = clip_vocabulary()
     if preset.merges is not None:
         vocabulary = from_merges(vocabulary.merges[: preset.merges])
     return LatentModel(
         family=preset.family,
-        unet=UNet(preset.unet).requires_grad_(False).eval(),
-        vae=VAE(preset.vae).requires_grad_(False).eval(),
-        text=ClipText(preset.text).requires_grad_(False).eval(),
+        unet=build(lambda: UNet(preset.unet)),
+        vae=build(lambda: VAE(preset.vae)),
+        text=build(lambda: ClipText(preset.text)),
         tokenizer=ClipTokenizer(vocabulary, preset.text.length, preset.pad),
         schedule=dict(SD_SCHEDULE),
         prediction=preset.prediction,

@@ -33,8 +33,14 @@ def read_single_file(
     path: Path, dtype: torch.dtype | str | None, device: torch.device, prediction: str | None
 ) -> LatentModel:
     """Load a file; the arguments are those of `models.load`. Raises ModelError for all that does not fit."""
-    weights = Weights((path,))
-    found = {name: tuple(tensor.shape) for name, tensor in weights.open().items()}
+    model = outline_file(path, prediction)
+    model.kept["single"] = fill(_parts(model), Weights((path,)), dtype, device)
+    return model
+
+
+def outline_file(path: Path, prediction: str | None) -> LatentModel:
+    """What the shapes in a file say, on the meta device; raises as `read_single_file`."""
+    found = {name: tuple(tensor.shape) for name, tensor in Weights((path,)).open().items()}
     if (kind := kind_of(found)) != STABLE_DIFFUSION:
         raise ModelError(
             f"{path} is no Stable Diffusion checkpoint, but {kind.words}: no tensor is named {shapes.UNET}..."
@@ -50,7 +56,7 @@ def read_single_file(
             f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: give prediction="
             f"'v_prediction' for a 768-pixel model, 'epsilon' for a 512-pixel base model"
         )
-    model = LatentModel(
+    return LatentModel(
         family=family,
         unet=on_meta(lambda: UNet(unet)),
         vae=on_meta(lambda: VAE(vae)),
@@ -61,8 +67,6 @@ def read_single_file(
         resolution=768 if says == "v_prediction" else 512,
         source=str(path),
     )
-    model.kept["single"] = fill(_parts(model), weights, dtype, device)
-    return model
 
 
 def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:

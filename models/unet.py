@@ -15,7 +15,7 @@ Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from models.layers import (
     twice,
     zero,
 )  # fmt: skip
+from models.setting import require_choice
+from models.streaming import Window
 
 Attention = Literal["transformer", "joint", "self", "self_legacy"]
 
@@ -101,18 +103,14 @@ class UNetConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-def require_choice(what: str, value: str, choices: Any) -> None:
-    """Raise ModelError unless a value is one of a Literal's."""
-    if value not in typing.get_args(choices):
-        raise ModelError(f"{what} is one of {', '.join(typing.get_args(choices))}; {value!r} is none of them")
-
-
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the time enters in between. (B, C_in, h, w) -> (B, C_out, h, w).
 
     scale_shift: the time scales and shifts the second norm, h * (1 + scale) + shift (FiLM), instead of being added
     before it. resample: `twice` or `half`, applied to both branches before their first convolution.
     """
+
+    reads = ("emb",)
 
     def __init__(
         self, c_in: int, c_out: int, emb_dim: int, groups: int, scale_shift: bool = False,
@@ -158,11 +156,15 @@ class Stem(Conv2d):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, all told the same condition."""
+    """Layers in a row, all told the same condition.
+
+    Each sees an alias of its input, which collects the gradients of its uses: they are added in the same order as
+    where a window makes a checkpoint of the layer, and are the same to the bit.
+    """
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         for layer in self:
-            x = layer(x, cond)
+            x = layer(x.view_as(x), cond) if cond.window is None else cond.window.run(layer, x, cond)
         return x
 
 
@@ -234,22 +236,26 @@ class UNet(Descent):
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
 
+    def layers(self) -> list[nn.Module]:
+        """What its stages are made of, in the order in which they run."""
+        return [layer for stage in (*self.input_blocks, self.middle_block, *self.output_blocks) for layer in stage]
+
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor | None = None, pooled: Tensor | None = None,
-        checkpointing: Checkpointing = "none", attention: AttentionKind = "auto",
+        checkpointing: Checkpointing = "none", attention: AttentionKind = "auto", window: Window | None = None,
     ) -> Tensor:  # fmt: skip
         """One look at a noisy image.
 
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
         t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim), where the attention reads one.
         pooled: (B, 4 * model_channels), a text (GLIDE) or a class in one vector, added to the time's, or None.
-        checkpointing, attention: how, see `Condition`; every choice has the same answer and the same gradients.
+        checkpointing, attention, window: how, see `Condition`; answers and gradients are the same.
         Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none.
         """
         require_choice("checkpointing", checkpointing, Checkpointing)
         require_choice("attention", attention, AttentionKind)
         emb = self.embedded(t, x.dtype)                                                        # (B, E)
-        cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention)
+        cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention, window)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, cond)

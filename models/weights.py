@@ -27,6 +27,7 @@ from models.renaming import Layout, Stored, stored
 AT_ONCE = 256 * 2**20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 8
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,14 @@ def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: t
 
     None: the file's own, but float32 for float16 on a CPU, whose float16 arithmetic is hundreds of times
     slower. "auto": float16 on a GPU; bfloat16 on a CPU that computes in it; else float32. A name such as
-    "bfloat16" is as good as the dtype. Raises ModelError
-    for float16 asked for on a CPU, and for what is no floating dtype of 16 bits or more.
+    "bfloat16" is as good as the dtype. STORED: the file's own, for weights that only wait on this device.
+    Raises ModelError for float16 asked for on a CPU, and for what is no floating dtype of 16 bits or more.
     """
     on_cpu = device.type == "cpu"
     if wanted == "auto":
         return (torch.bfloat16 if cpu_has_bfloat16() else torch.float32) if on_cpu else torch.float16
+    if wanted == STORED:
+        return found
     if wanted is None:
         return torch.float32 if on_cpu and found == torch.float16 else found
     named = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}

@@ -6,6 +6,7 @@ import os
 import time
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def save_flags(folder: Path, config: Any) -> None:
     write_json(folder / FLAGS, {key: _from_anywhere(value) for key, value in dataclasses.asdict(config).items()})
 
 
-def resumed(folder: Path, config: Any) -> Any:
+def resumed(folder: Path, config: Any, may_differ: Sequence[str] = ()) -> Any:
     """The flags that the run in a folder was started with, as config's dataclass.
 
-    config: the flags given now. Raises InversionError if the folder holds no run, or a flag was given
-    (differs from its default) that is not as it was.
+    config: the flags given now. may_differ: those of them that take the place of the run's. Raises InversionError if
+    the folder holds no run, or another flag was given (differs from its default) that is not as it was.
     """
     try:
         saved = json.loads((folder / FLAGS).read_text(encoding="utf-8"))
@@ -54,6 +55,9 @@ def resumed(folder: Path, config: Any) -> Any:
     for field in dataclasses.fields(config):
         given = getattr(config, field.name)
         if field.name == "resume" or given == field.default:
+            continue
+        if field.name in may_differ:
+            saved[field.name] = given
             continue
         if _from_anywhere(given) != saved.get(field.name):
             raise InversionError(

@@ -12,6 +12,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from _command import run
@@ -58,6 +59,8 @@ class Config:
     """None is the GPU if there is one."""
     variant: str | None = None
     """fp16, for the smaller files of a folder or hub id that has them."""
+    offload: Literal["none", "idle", "stream"] = "none"
+    """What leaves the GPU while it does not compute: text transformer and VAE, or the layers of the UNet, too."""
     prediction: str | None = None
     """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
     batch_size: int = 8
@@ -95,8 +98,9 @@ def write_png(path: Path, image: Tensor) -> None:
 def draw(config: Config) -> Tensor:
     """`count` images a prompt, prompt after prompt: (B, 3, size, size)."""
     model = models.load(
-        config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant
-    )
+        config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant,
+        offload=config.offload, checkpointing="blocks" if config.offload == "stream" else "none",
+    )  # fmt: skip
     size = model.resolution if config.size is None else config.size
     return generate(
         model,

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from _command import run
+from _memory import HOW, how, outlined, show, within_budget
 from _runs import new_folder, resumed, save_flags, word_and_file, write_json
 from torch import Tensor
 from tqdm import tqdm
@@ -74,6 +75,18 @@ class Config:
     """fp16, for the smaller files of a folder or hub id that has them."""
     prediction: str | None = None
     """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
+    checkpointing: Literal["none", "attention", "blocks"] | None = None
+    """What is computed again instead of kept in memory; None is none, or what --memory-budget chooses, here and for the
+    next two."""
+    attention: Literal["auto", "sliced", "fused"] | None = None
+    """Its kernel: ours over slices, or torch's; auto is the faster one."""
+    offload: Literal["none", "idle", "stream"] | None = None
+    """What leaves the GPU while it does not compute: text transformer and VAE, or the layers of the UNet, too."""
+    memory_budget: str | None = None
+    """What the device has to give, 6GiB for example: takes the fastest of the ways to run that fit. Leave 0.5 GiB of a
+    GPU to its driver."""
+    plan: bool = False
+    """Only print what each way to run would take; the GPU need not be there, nor the weights."""
     samples: int = 6
     """Images to draw with either word, for comparison.png; 0 draws none."""
     seed: int = 0
@@ -117,8 +130,14 @@ def main(config: Config) -> None:
     """Learn, write, draw."""
     if config.samples < 0:
         raise InversionError(f"--samples is how many images to draw with either word, 0 or more, not {config.samples}")
+    if config.plan:
+        show(config, *planning(config))
+        return
     output = config.resume or new_folder(config.output, slug(config), "--resume FOLDER")
-    config = resumed(output, config) if config.resume else config
+    if config.resume:
+        config = resumed(output, config, may_differ=HOW)
+    elif config.memory_budget is not None:
+        config = within_budget(config, *planning(config))
     files, model = find_images(config.images), load(config)
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     size = model.resolution if config.resolution is None else config.resolution
@@ -145,11 +164,20 @@ def main(config: Config) -> None:
     print(f"wrote {output}")
 
 
+def planning(config: Config) -> tuple[Model, int, int]:
+    """The model without its weights, the side of the images, and how many go through it at once."""
+    shell = require_base(outlined(config))
+    recipe = RECIPES.get(shell.family, PHOTOGRAPHS)
+    side = shell.resolution if config.resolution is None else config.resolution
+    return shell, side, recipe.batch_size if config.batch_size is None else config.batch_size
+
+
 def load(config: Config) -> Model:
     """The model that the flags name. Raises ModelError for one that cannot draw by itself."""
     model = models.load(
-        config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant
-    )
+        config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant,
+        **how(config),
+    )  # fmt: skip
     return require_base(model)
 
 

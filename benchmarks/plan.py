@@ -1,0 +1,123 @@
+"""How far the plan is off: its predicted peak against that of a real training, Stable Diffusion 1.5, batch 1.
+
+    python benchmarks/plan.py [--json FILE]
+
+Each setting runs in a process of its own: networks of random weights on the CPU, the image encoded, the VAE let go, the
+start measured, one step taken. Measured is the largest resident size meanwhile above what the process held before it
+had any weights; predicted is `inversion.plan`. Then what is predicted for a CUDA device, which need not be there.
+
+JSON: rows of `work`, `dtype`, `resolution`, `mode` ("low_memory" with checkpointing blocks), `checkpointing`,
+`attention`, `offload`, `predicted_bytes`, `measured_bytes` and `ratio_bytes`, their quotient; null where nothing was
+measured.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import inversion
+from inversion import Concept, TrainConfig, Training
+from inversion.sizes import size
+from models import LatentModel, Setting, outline
+
+MODEL, WORD, BLOCK = "sd1.5", "<frida>", 2**20
+MEASURED = [
+    (256, Setting(torch.float32, "none", "fused")),
+    (256, Setting(torch.float32, "blocks", "fused")),
+    (256, Setting(torch.bfloat16, "none", "sliced")),
+    (512, Setting(torch.bfloat16, "none", "sliced")),
+    (512, Setting(torch.bfloat16, "blocks", "sliced")),
+    (512, Setting(torch.float32, "blocks", "fused")),
+]
+CUDA = [
+    (512, Setting(torch.float16, "none", "fused")),
+    (512, Setting(torch.float16, "blocks", "fused")),
+    (512, Setting(torch.float16, "blocks", "fused", "stream")),
+]
+
+
+def status(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def of_random_weights(dtype: torch.dtype) -> LatentModel:
+    """The model, frozen, every weight in memory: matrices of the inverse fan-in's variance, a block over and over."""
+    model = outline(MODEL)
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
+    for network in (model.unet, model.vae, model.text):
+        for part in network.modules():
+            for name, p in part._parameters.items():
+                if p is None:
+                    continue
+                weight = torch.empty(p.shape, dtype=dtype)
+                for piece in weight.view(-1).split(BLOCK):
+                    piece.copy_(block[: len(piece)] * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1))
+                part._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def measure(side: int, setting: Setting) -> int:
+    """The peak of a training's preparation and first step, in this process."""
+    nn.functional.conv2d(torch.ones(1, 8, 8, 8), torch.ones(8, 8, 3, 3))      # oneDNN's own memory is not the model's
+    before = status("VmRSS")
+    model = of_random_weights(setting.dtype)
+    model.checkpointing, model.attention = setting.checkpointing, setting.attention
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    config = TrainConfig(steps=1, batch_size=1, accumulation=1, validation_pairs=1)
+    training = Training(model, Concept.from_text(model, WORD, "dog"), image, [["a photo of {}"]], config)
+    for _ in training.steps():
+        pass
+    return status("VmHWM") - before
+
+
+def row(side: int, setting: Setting, predicted: int, measured: int | None) -> dict[str, Any]:
+    """A line of the table as JSON has it."""
+    mode = "low_memory" if setting.checkpointing == "blocks" else "plain"
+    how = asdict(setting) | {"dtype": str(setting.dtype).removeprefix("torch.")}
+    ratio = None if measured is None else predicted / measured
+    found = {"predicted_bytes": predicted, "measured_bytes": measured, "ratio_bytes": ratio}
+    return {"work": "plan", "resolution": side, "mode": mode} | how | found
+
+
+def measured_apart(index: int) -> int:
+    """`measure` in a new process."""
+    done = subprocess.run([sys.executable, __file__, "--measure", str(index)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"measuring {MEASURED[index][1]} failed")
+    return int(done.stdout)
+
+
+def main() -> None:
+    """All rows, or one measurement, printed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table there as well")
+    parser.add_argument("--measure", type=int, metavar="I", help="only measure the I-th setting, and print bytes")
+    given = parser.parse_args()
+    if given.measure is not None:
+        print(measure(*MEASURED[given.measure]))
+        return
+    rows = []
+    print(f"{'':62} {'predicted':>10} {'measured':>10} {'ratio':>6}")
+    for device, works in (("cpu", MEASURED), ("cuda", CUDA)):
+        for i, (side, setting) in enumerate(works):
+            (planned,) = inversion.plan(MODEL, side, 1, device, [setting])
+            rows.append(row(side, setting, planned.peak, measured_apart(i) if device == "cpu" else None))
+            measured, ratio = rows[-1]["measured_bytes"], rows[-1]["ratio_bytes"]
+            numbers = ("-", "-") if measured is None else (size(measured), f"{ratio:.3f}")
+            what = f"{device} {side} {str(setting).replace(', offload none', '')}"
+            print(f"{what:62} {size(planned.peak):>10} {numbers[0]:>10} {numbers[1]:>6}", flush=True)
+            if given.json:
+                given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Does it fit? What a training would take in each setting, before anything is loaded or any device is there.
+
+The step that would be trained with runs on tensors that have sizes and no numbers: an image through the
+encoder, prompts through the text transformer, the UNet, the loss, and back to the vectors. `memory` follows what lives
+meanwhile and counts what is computed. What is predicted is all that torch allocates on the device, weights included;
+not the driver's own memory (a CUDA context takes 0.3 to 0.5 GiB), nor the program's.
+
+For a CPU these are torch's FakeTensors; those of CUDA need a driver to go backward, so a plan for CUDA runs on the meta
+device, and its fused attention is the operation that calls CUDA's kernel.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffusion import Schedule
+from inversion.errors import InversionError
+from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
+from inversion.objective import Batch, loss_and_gradient
+from inversion.prompts import SLOT
+from inversion.sizes import size
+from models import Setting, outline
+from models import sliced_attention as slices
+from models.attend import best_kind
+from models.setting import place
+from models.streaming import CopyAtOnce, parameters_of
+from models.weights import cpu_has_bfloat16, on_meta
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+CUBLAS = 8_519_680      # bytes that its workspace takes (CUDA's documentation, cublasSetWorkspace: 2 x 4 MiB and more)
+CUDA_BLOCK = 512        # bytes: what the caching allocator rounds up to
+EXCHANGE = 1000         # operations in the time in which a byte gets to the device: 10 TFLOP/s over 10 GB/s
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A setting, and what a training in it is predicted to take.
+
+    peak: bytes on the device, at most. operations: floating-point ones of a forward and backward pass. moved: bytes
+    that come to the device in it.
+    """
+
+    setting: Setting
+    peak: int
+    operations: int
+    moved: int
+
+    @property
+    def cost(self) -> float:
+        """What time it takes, in operations: a byte moved counts as `EXCHANGE` of them."""
+        return self.operations + EXCHANGE * self.moved
+
+
+def plan(
+    model: Any, resolution: int | None = None, batch_size: int = 1, device: torch.device | str = "cuda",
+    settings: Iterable[Setting] | None = None,
+) -> list[Planned]:  # fmt: skip
+    """What a training would take: one entry a setting, in the settings' order.
+
+    model: a model, or what `models.load` takes; weights need not be there. resolution: side of the images in pixels,
+    None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
+    None for all that make sense on the device, see `settings_for`.
+
+    Raises ModelError for a source that nothing is known of and for a resolution that the model cannot halve,
+    InversionError for a batch of none.
+    """
+    device = torch.device(device)
+    shell = _shell(outline(model) if isinstance(model, str | Path) else model)
+    if batch_size < 1:
+        raise InversionError(f"batch_size must be at least 1, not {batch_size}")
+    side = shell.resolution if resolution is None else resolution
+    shell.x0_shape(side, side)
+    settings = settings_for(device) if settings is None else settings
+    return [_predicted(shell, setting, device, side, batch_size) for setting in settings]
+
+
+def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
+    """The settings that make sense on a device, of dtypes and kernels the faster first.
+
+    fixed: fields of a Setting that are given. bfloat16 on a GPU takes what float16 takes. On a CPU the device is the
+    memory that the weights lie in anyway: offload gains nothing there.
+    """
+    if device.type == "cpu":
+        dtypes, offloads = [torch.float32, torch.bfloat16], ["none"]
+        dtypes = dtypes[::-1] if cpu_has_bfloat16() else dtypes
+    else:
+        dtypes, offloads = [torch.float16, torch.float32], ["none", "idle", "stream"]
+    axes = {"dtype": dtypes, "checkpointing": ["none", "attention", "blocks"], "offload": offloads}
+    axes |= {name: [value] for name, value in fixed.items() if value is not None and name != "attention"}
+    found = []
+    for dtype, checkpointing, offload in itertools.product(*axes.values()):
+        fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if device.type == "cpu" else META))
+        for kind in [fixed["attention"]] if fixed.get("attention") else sorted(("fused", "sliced"), key=fast.__ne__):
+            if offload != "stream" or checkpointing == "blocks":
+                found.append(Setting(dtype, checkpointing, kind, offload))
+    return found
+
+
+def fastest(planned: Sequence[Planned], budget: int) -> Planned:
+    """The fastest of the settings that fit a budget of bytes: of the first dtype with any, the one of least cost.
+
+    Raises InversionError if none does, naming the smallest and what it needs.
+    """
+    fits = [each for each in planned if each.peak <= budget]
+    if not fits:
+        least = min(planned, key=lambda each: each.peak)
+        raise InversionError(
+            f"{size(budget)} are too small for every setting: the smallest, {least.setting}, needs {size(least.peak)}; "
+            f"raise the budget, or take a smaller resolution or batch"
+        )
+    same, least = [each for each in fits if each.setting.dtype == fits[0].setting.dtype], min(e.cost for e in planned)
+    return min(same, key=lambda each: round(each.cost / least, 2))      # of equals the first
+
+
+def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, batch_size: int) -> Planned:
+    """The peak of encoding an image and of a step, and what the step computes."""
+    on_cpu = device.type == "cpu"
+    where, fake = (CPU, FakeTensorMode(allow_non_fake_inputs=True)) if on_cpu else (META, nullcontext())
+    memory = LiveMemory(where.type, *((cpu_workspace, 1) if on_cpu else (cuda_workspace, CUDA_BLOCK)))
+    with fake, as_on(device, memory):
+        _write(_networks(shell).values(), setting.dtype, where)
+        model = replace(shell)
+        waiting = _waiting(model, setting.offload)
+        with memory:
+            place(model, setting, where, CopyAtOnce())
+            memory.hold(p for p in _parameters(model) if on_cpu or id(p) not in waiting)
+            moments = model.moments(torch.empty(1, 3, side, side, device=where))
+    model.release_encoder()
+    _write((part for name, part in _networks(shell).items() if vars(model)[name] is not part), setting.dtype, META)
+    memory.flops = 0
+    with fake, as_on(device, memory), memory:
+        _step(model, moments.shape[1:], model.x0_shape(side, side), batch_size, where)
+    moved = 2 * sum(p.nbytes for p in _parameters(model) if id(p) in waiting)        # forward, and backward again
+    return Planned(setting, memory.peak + (0 if on_cpu else CUBLAS), memory.flops, moved)
+
+
+def _step(model: Any, moments: Sequence[int], shape: Sequence[int], size: int, device: torch.device) -> None:
+    """Forward and backward over samples without numbers, each with a prompt of its own."""
+    empty = partial(torch.empty, device=device)
+    t, prompts = torch.zeros(size, dtype=torch.int64, device=device), [f"{i} {SLOT}" for i in range(size)]
+    batch = Batch(empty(size, *moments), prompts, t, empty(size, *shape), empty(size, *shape))
+    concept = SimpleNamespace(placeholder="<word>", vectors=empty(1, model.width, requires_grad=True))
+    loss_and_gradient(model, AnyTime(**model.schedule), batch, concept, size)
+
+
+class AnyTime(Schedule):
+    """A schedule for times that have no numbers."""
+
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """Some number for each time, (B,) float64 on the CPU."""
+        return torch.ones(len(t), dtype=torch.float64)
+
+
+@contextmanager
+def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
+    """Within the block attention on tensors without numbers is what it is on a device.
+
+    Fused, on meta tensors torch would take the formula, with all scores: here it is memory-efficient attention, which
+    every CUDA device has; flash attention keeps and takes the same. Of slices, which are all alike, one is run and its
+    operations are counted for all.
+    """
+
+    def efficient(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps, 0.0, is_causal)[0]
+
+    def one_for_all(q: Tensor, heads: int) -> Iterator[tuple[int, slice]]:
+        count = q.shape[0] * -(-q.shape[1] // heads)
+        memory.times *= count
+        yield 0, slice(0, heads)
+        memory.times //= count
+
+    fused = F.scaled_dot_product_attention if device.type == "cpu" else efficient
+    with patch.object(F, "scaled_dot_product_attention", fused), patch.object(slices, "some_heads", one_for_all):
+        yield
+
+
+def _networks(model: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
+
+
+def _parameters(model: Any) -> list[Tensor]:
+    return [p for network in _networks(model).values() for p in parameters_of(network)]
+
+
+def _shell(model: Any) -> Any:
+    """A model like another, without its upsampler, on the meta device."""
+    networks = {name: on_meta(partial(type(part), part.config)) for name, part in _networks(model).items()}
+    alone = {"upsampler": None} if model.upsampler is not None else {}
+    return replace(model, **networks, **alone)
+
+
+def _write(networks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """Give networks weights without numbers in place of those that they have."""
+    for module in (module for network in networks for module in network.modules()):
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = torch.empty(p.shape, dtype=dtype, device=device)
+
+
+def _waiting(model: Any, offload: str) -> set[int]:
+    """Which weights wait in host memory, by their id."""
+    idle = [part for name, part in _networks(model).items() if name != "unet"] if offload != "none" else []
+    layers = model.unet.layers() if offload == "stream" else []
+    return {id(p) for part in (*idle, *layers) for p in parameters_of(part)}
+
+
+def table(planned: Sequence[Planned], budget: int | None = None) -> str:
+    """A plan for people. budget: bytes; what fits is marked, and what is fastest of it."""
+    least = min(each.operations for each in planned)
+    best = fastest(planned, budget) if budget and any(each.peak <= budget for each in planned) else None
+    rows = [("dtype", "checkpointing", "attention", "offload", "peak", "compute", "moved a step", "")]
+    for each in planned:
+        how, fits = each.setting, budget is not None and each.peak <= budget
+        mark = "<- fastest that fits" if each is best else "fits" if fits else ""
+        numbers = (size(each.peak), f"{each.operations / least:.2f}", size(each.moved) if each.moved else "-")
+        dtype = str(how.dtype).removeprefix("torch.")
+        rows.append((dtype, how.checkpointing, how.attention, how.offload, *numbers, mark))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

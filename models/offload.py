@@ -1,0 +1,53 @@
+"""Networks that wait in host memory, and are on the device only while they compute.
+
+"idle": the text transformer and the VAE; the UNet stays. "stream": these, and the UNet's layers pass through a window
+(see `streaming`). What waits keeps its own dtype and stays the memory map of its file, if it is one.
+
+On a CPU the device is the host memory: there nothing is gained, and the answers are the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import nn
+
+from models.checkpointing import checkpoint
+from models.errors import ModelError
+from models.streaming import computing_with, parameters_of
+
+Offload = Literal["none", "idle", "stream"]
+
+
+@contextmanager
+def present(model: Any, network: nn.Module) -> Iterator[None]:
+    """Within the block a network of a model computes on the model's device and in its dtype.
+
+    If it waits elsewhere, it does so with copies of its weights, which go with the block.
+    """
+    if model.offload == "none":
+        yield
+    else:
+        copies = [p.to(device=model.device, dtype=model.dtype, copy=True) for p in parameters_of(network)]
+        with computing_with(network, copies):
+            yield
+
+
+def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
+    """network(*inputs), a tuple. A network that waits elsewhere is not kept for its gradient, but comes again."""
+    if model.offload == "none":
+        return network(*inputs)
+
+    def run(*inputs: Any) -> Any:
+        with present(model, network):
+            return tuple(network(*inputs))
+
+    return checkpoint(run, *inputs)
+
+
+def require_no_offload(model: Any) -> None:
+    """Raise ModelError for a model whose networks wait elsewhere than it computes."""
+    if model.offload != "none":
+        raise ModelError(
+            f"{model.source} was loaded with offload {model.offload} for {model.device}: load it anew for another"
+        )

@@ -1,0 +1,78 @@
+"""How a model is run, as data, and the one function that makes it run so.
+
+The answers and gradients of all settings of one dtype are equal but for rounding.
+"""
+
+import typing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.attend import AttentionKind
+from models.checkpointing import Checkpointing
+from models.errors import ModelError
+from models.offload import Offload
+from models.streaming import Copier, Window, parameters_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """dtype: of the networks. checkpointing: what is computed again in the backward pass, see layers.Condition.
+    attention: its kernel, see `attend`. offload: what leaves the device, see `offload`.
+
+    Raises ModelError for a choice that there is not, and for "stream" without "blocks": a layer whose weights have
+    left the device has to be computed again when its gradient is wanted.
+    """
+
+    dtype: torch.dtype
+    checkpointing: Checkpointing = "none"
+    attention: AttentionKind = "auto"
+    offload: Offload = "none"
+
+    def __post_init__(self) -> None:
+        choices = {"checkpointing": Checkpointing, "attention": AttentionKind, "offload": Offload}
+        for name, choice in choices.items():
+            require_choice(name, getattr(self, name), choice)
+        if self.offload == "stream" and self.checkpointing != "blocks":
+            raise ModelError(
+                "offload stream computes every layer again in the backward pass: it needs checkpointing blocks, not "
+                f"{self.checkpointing}"
+            )
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name}, checkpointing {self.checkpointing}, attention {self.attention}, offload {self.offload}"
+
+    def cheaper(self, device: torch.device) -> "Setting | None":
+        """The next setting that needs less memory on a device and has the same results, at the least loss of time."""
+        on_cpu, ladder = device.type == "cpu", typing.get_args(Checkpointing)
+        if self.checkpointing != ladder[-1]:
+            return replace(self, checkpointing=ladder[ladder.index(self.checkpointing) + 1])
+        rest = typing.get_args(Offload)[typing.get_args(Offload).index(self.offload) + 1 :]
+        return replace(self, offload=rest[0]) if rest and not on_cpu else None
+
+
+def place(model: Any, setting: Setting, device: torch.device, copier: Copier | None = None) -> None:
+    """Make a model, and its upsampler, run in a way.
+
+    model: a LatentModel or GlideModel. With an offload its networks lie in host memory, and what does not wait there
+    is put on the device in the setting's dtype; without, they stay as they are. copier: see `Window`.
+    """
+    layers = model.unet.layers() if setting.offload == "stream" else []
+    waiting = {id(p) for layer in layers for p in parameters_of(layer)}
+    for part in model.unet.modules() if setting.offload != "none" else ():
+        for name, p in part._parameters.items():
+            if p is not None and id(p) not in waiting:
+                part._parameters[name] = nn.Parameter(p.to(device=device, dtype=setting.dtype), requires_grad=False)
+    model.checkpointing, model.attention, model.offload = setting.checkpointing, setting.attention, setting.offload
+    model.window = Window(layers, device, setting.dtype, copier) if layers else None
+    if model.upsampler is not None:
+        place(model.upsampler, setting, device, copier)
+
+
+def require_choice(what: str, value: str, choices: object) -> None:
+    """Raise ModelError unless a value is one of a Literal's."""
+    if value not in typing.get_args(choices):
+        raise ModelError(f"{what} is one of {', '.join(typing.get_args(choices))}; {value!r} is none of them")

@@ -1,0 +1,172 @@
+"""A network on a device that is too small for it: its layers' weights pass through a window of two places.
+
+    host      layer 0   layer 1   layer 2   ...              the file's memory map, or whatever the weights are
+                 │         │ fetched ahead
+    device   [ place ] [ place ]                             each as large as the largest layer
+
+While a layer computes in one place, the next one's weights are copied into the other: upwards through the network
+forward, downwards backward. Each layer is a checkpoint, so nothing of it but its inputs outlives its turn, and its
+weights come a second time when its gradient is computed. Values and gradients are those of the network itself.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpointing import checkpoint
+
+PLACES = 2
+ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes or more
+
+
+@contextmanager
+def computing_with(module: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block the module has these tensors in place of its parameters, in the order of `parameters_of`."""
+    slots = [(part, name) for part in module.modules() for name, p in part._parameters.items() if p is not None]
+    own = [part._parameters[name] for part, name in slots]
+    try:
+        for (part, name), weight in zip(slots, weights):
+            part._parameters[name] = weight
+        yield
+    finally:
+        for (part, name), parameter in zip(slots, own):
+            part._parameters[name] = parameter
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """Every parameter of a module and its parts."""
+    return [p for part in module.modules() for p in part._parameters.values() if p is not None]
+
+
+class Copier(Protocol):
+    """How weights get from the host into a place."""
+
+    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> Any:
+        """Copy each host tensor, cast to the other's dtype, into a device's; returns a ticket for `wait`."""
+
+    def wait(self, ticket: Any) -> None:
+        """What computes after this finds the weights complete."""
+
+
+class CopyAtOnce:
+    """Copies when it is asked to: on a CPU nothing can go on beside it that would not slow it down."""
+
+    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        """See `Copier`."""
+        for source, target in zip(host, device):
+            target.copy_(source)
+
+    def wait(self, ticket: None) -> None:
+        """Nothing: it has happened."""
+
+
+class CopyBeside:
+    """Copies on a CUDA stream of its own, from pinned memory, which a thread fills: the GPU computes meanwhile.
+
+    size: elements of a place. The host memory that this pins is PLACES * size elements.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pinned = [torch.empty(size, dtype=dtype, pin_memory=True) for _ in range(PLACES)]
+        self.sent: list[torch.cuda.Event | None] = [None] * PLACES
+        self.thread = ThreadPoolExecutor(1, "weights")
+
+    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> "Future[torch.cuda.Event]":
+        """See `Copier`. The place is overwritten once everything that the GPU was told before this has been done."""
+        free = torch.cuda.current_stream(self.device).record_event()
+        return self.thread.submit(self._copy, place, host, device, free)
+
+    def wait(self, ticket: "Future[torch.cuda.Event]") -> None:
+        """See `Copier`: the GPU waits for the weights, and this thread only until their copy has been ordered."""
+        torch.cuda.current_stream(self.device).wait_event(ticket.result())
+
+    @torch.no_grad()
+    def _copy(
+        self, place: int, host: Sequence[Tensor], device: Sequence[Tensor], free: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        if self.sent[place] is not None:
+            self.sent[place].synchronize()           # what was pinned there before has left
+        pinned = views(self.pinned[place], host)
+        for source, target in zip(host, pinned):
+            target.copy_(source)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(free)
+            for source, target in zip(pinned, device):
+                target.copy_(source, non_blocking=True)
+            self.sent[place] = self.stream.record_event()
+        return self.sent[place]
+
+
+class Window:
+    """Two places on a device through which the weights of layers pass, and the layers' computation with them.
+
+    layers: in the order in which the network runs them; their own weights stay where they are and are only read.
+    dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype, copier: Copier | None = None
+    ) -> None:
+        self.host = [parameters_of(layer) for layer in layers]
+        self.index = {layer: i for i, layer in enumerate(layers)}
+        size = max(extent(weights) for weights in self.host)
+        self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
+        self.held: list[int | None] = [None] * PLACES            # which layer lies in each place
+        self.tickets: list[Any] = [None] * PLACES
+        self.last = -1                                           # the layer that was taken last
+        beside = device.type == "cuda" and torch.cuda.is_available()
+        self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
+
+    def run(self, layer: nn.Module, x: Tensor, cond: Any) -> Tensor:
+        """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.layers.Condition.
+
+        Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
+        """
+        reads = getattr(layer, "reads", ())
+
+        def compute(x: Tensor, *read: Tensor) -> Tensor:
+            inside = cond._replace(window=None, checkpointing="none", **dict(zip(reads, read)))
+            with computing_with(layer, self.take(self.index[layer])):
+                return layer(x, inside)
+
+        return checkpoint(compute, x, *(getattr(cond, name) for name in reads))
+
+    def take(self, i: int) -> list[Tensor]:
+        """The weights of layer i on the device; the layer after it, in the direction of travel, is on its way."""
+        here = self._bring(i, other_than=None)
+        self.copier.wait(self.tickets[here])
+        ahead = i + 1 if i == 0 or i > self.last else i - 1
+        self.last = i
+        if 0 <= ahead < len(self.host):
+            self._bring(ahead, other_than=here)
+        return views(self.places[here], self.host[i])
+
+    @torch.no_grad()
+    def _bring(self, i: int, other_than: int | None) -> int:
+        """The place where layer i lies, or is now being copied to."""
+        if i not in self.held:
+            place = next(p for p in range(PLACES) if p != other_than)
+            self.held[place] = i
+            self.tickets[place] = self.copier.begin(place, self.host[i], views(self.places[place], self.host[i]))
+        return self.held.index(i)
+
+
+def extent(weights: Iterable[Tensor]) -> int:
+    """How many elements weights take in a place, each aligned."""
+    return sum(-(-w.numel() // ALIGNED) * ALIGNED for w in weights)
+
+
+def views(place: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors of the weights' shapes and memory formats, one after the other in a place."""
+    found, start = [], 0
+    for w in weights:
+        piece = place[start : start + w.numel()]
+        channels_last = w.ndim == 4 and w.is_contiguous(memory_format=torch.channels_last)
+        found.append(piece.as_strided(w.shape, w.stride(), start) if channels_last else piece.view(w.shape))
+        start += extent([w])
+    return found

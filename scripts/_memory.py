@@ -1,0 +1,56 @@
+"""The flags of a command that say how a model is run, and the plan that chooses for them."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import inversion
+import models
+from inversion.plan import table
+from inversion.sizes import parsed, size
+from models.loading import choose_device
+from models.setting import Setting
+from models.weights import choose_dtype
+
+HOW = ("checkpointing", "attention", "offload")
+
+
+def how(config: Any) -> dict[str, str]:
+    """The keyword arguments of `models.load` that a command's flags stand for; one that is None is the simplest."""
+    chosen = {name: getattr(config, name) for name in HOW if getattr(config, name) is not None}
+    if chosen.get("offload") == "stream":
+        chosen = {"checkpointing": "blocks"} | chosen
+    return chosen
+
+
+def planned(config: Any, shell: Any, side: int, batch_size: int) -> list[inversion.Planned]:
+    """A plan of the settings that the flags leave open. config: with dtype, device, and the names in `HOW`."""
+    device = choose_device(config.device, must_be_there=False)
+    fixed = how(config)
+    if config.dtype is not None:
+        fixed["dtype"] = choose_dtype(config.dtype, torch.float32, device)
+    return inversion.plan(shell, side, batch_size, device, inversion.settings_for(device, **fixed))
+
+
+def show(config: Any, shell: Any, side: int, batch_size: int) -> None:
+    """Print the plan."""
+    device = choose_device(config.device, must_be_there=False)
+    budget = None if config.memory_budget is None else parsed(config.memory_budget)
+    print(f"{shell.source}, {side}x{side} pixels, batch {batch_size}, on {device.type}: the peak of a training")
+    print(table(planned(config, shell, side, batch_size), budget))
+
+
+def within_budget(config: Any, shell: Any, side: int, batch_size: int) -> Any:
+    """The flags with the fastest setting that fits --memory-budget, which is said in a line."""
+    budget = parsed(config.memory_budget)
+    best = inversion.fastest(planned(config, shell, side, batch_size), budget)
+    print(f"{size(best.peak)} of {config.memory_budget}: {best.setting}")
+    setting: Setting = best.setting
+    names = {name: getattr(setting, name) for name in HOW}
+    return replace(config, dtype=str(setting.dtype).removeprefix("torch."), **names)
+
+
+def outlined(config: Any) -> Any:
+    """The model that the flags name, without its weights."""
+    return models.outline(config.model, config.prediction)

@@ -1,0 +1,234 @@
+"""Networks that wait in host memory give the same numbers as those that do not, and take no more room than promised."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from models import ModelError, streaming
+from models.setting import Setting, place
+from models.streaming import PLACES, CopyAtOnce, CopyBeside, Window, computing_with, extent, parameters_of
+from tests.tiny import tiny_glide, tiny_model
+
+CPU = torch.device("cpu")
+IDLE, STREAM = Setting(torch.float32, offload="idle"), Setting(torch.float32, "blocks", offload="stream")
+STREAMED = {"offload": "stream", "checkpointing": "blocks"}
+
+
+@pytest.fixture(scope="module", params=["latent", "glide"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on the disk."""
+    folder, latent = tmp_path_factory.mktemp("model"), request.param == "latent"
+    path = folder / ("model" if latent else "model.safetensors")
+    models.save(tiny_model() if latent else tiny_glide(), path)
+    return path
+
+
+def predicted(model: Any) -> tuple[Tensor, Tensor]:
+    """What a model predicts for prompts with a learned word, and the word's vectors."""
+    noise = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, model.width, generator=noise).requires_grad_()
+    features = model.encode_text(model.tokenizer.encode(["a photo of <x>", "a dog"], {"<x>": 2}), vectors)
+    x_t = torch.randn(2, *model.x0_shape(16, 16), generator=noise)
+    return model.predict(x_t, torch.tensor([3, 500]), features), vectors
+
+
+def step(model: Any) -> tuple[Tensor, Tensor]:
+    """The prediction, and its gradient."""
+    out, vectors = predicted(model)
+    return out, torch.autograd.grad(out.square().mean(), vectors)[0]
+
+
+class Watched(CopyAtOnce):
+    """Notes which layers are copied where."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        super().begin(place, host, device)
+        self.seen.append((place, host[0].data_ptr()))
+
+
+def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    assert all(map(torch.equal, found, wanted))
+    assert all(x.abs().max() > 1e-3 for x in wanted)
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("how", [{"offload": "idle"}, {"offload": "idle", "checkpointing": "blocks"}, STREAMED])
+def test_values_and_gradients_are_those_of_the_model_in_place(path: Path, how: dict[str, Any]) -> None:
+    for dtype in ("float32", "bfloat16"):              # the file is in float32: the second is cast on the way
+        wanted = models.load(path, dtype, "cpu", checkpointing=how.get("checkpointing", "none"))
+        found = models.load(path, dtype, "cpu", **how)
+        assert (found.dtype, found.setting.offload) == (wanted.dtype, how["offload"])
+        for _ in range(2):                             # the second time the window holds what the first has left
+            same(step(found), step(wanted))
+
+
+def test_images_are_encoded_and_decoded_by_a_visitor() -> None:
+    wanted, found = tiny_model(), tiny_model()
+    place(found, IDLE, CPU)
+    images = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    same((found.moments(images), found.decode(images[:, :, :4, :4].repeat(1, 2, 1, 1)[:, :4])),
+         (wanted.moments(images), wanted.decode(images[:, :, :4, :4].repeat(1, 2, 1, 1)[:, :4])))  # fmt: skip
+    found.release_encoder()
+    with pytest.raises(ModelError, match="released"):
+        found.moments(images)
+
+
+def test_an_upsampler_waits_as_its_base_does() -> None:
+    base, wanted = tiny_glide(), tiny_glide(factor=2)
+    base.upsampler = tiny_glide(factor=2)
+    place(base, STREAM, CPU)
+    features = wanted.encode_text(wanted.tokenizer.encode(["a dog"]))
+    x, small, t = torch.ones(1, 3, 32, 32), torch.zeros(1, 3, 16, 16), torch.tensor([7])
+    first, second = (m.given((32, 32), small, None, None).predict(x, t, features) for m in (base.upsampler, wanted))
+    assert base.upsampler.window is not None
+    assert torch.equal(first, second)
+
+
+# --- the room
+
+
+def test_the_window_holds_two_layers_and_each_is_copied_when_its_turn_comes() -> None:
+    model, copier = tiny_model(), Watched()
+    layers = model.unet.layers()
+    place(model, STREAM, CPU, copier)
+    order = [parameters_of(layer)[0].data_ptr() for layer in layers]
+    step(model)
+    # up: every layer once. Down: the last two are still there; the first two need no gradient, they come before
+    # the first reading of the text, but the second is fetched ahead of a turn that does not come
+    down = [order.index(pointer) for _, pointer in copier.seen[len(order) :]]
+    assert [pointer for _, pointer in copier.seen[: len(order)]] == order
+    assert down == list(range(len(order) - 3, 0, -1))
+    for way in (copier.seen[: len(order)], copier.seen[len(order) :]):
+        assert all(first[0] != second[0] for first, second in zip(way, way[1:]))               # places take turns
+    assert len(model.window.places) == PLACES == 2
+    assert {len(held) for held in model.window.places} == {max(extent(parameters_of(layer)) for layer in layers)}
+
+
+def test_what_forward_keeps_is_no_weight() -> None:
+    """A weight that were kept for the gradient would by then be the next layer's."""
+    for how, expected in ((STREAM, False), (None, True)):
+        model, kept = tiny_model(), []
+        if how:
+            place(model, how, CPU)
+        weights = model.window.places if how else list(model.unet.parameters())
+        theirs = {w.untyped_storage().data_ptr() for w in weights}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            predicted(model)
+        assert kept
+        assert any(x.untyped_storage().data_ptr() in theirs for x in kept) == expected
+
+
+def test_weights_stay_the_map_of_their_file(path: Path) -> None:
+    model = models.load(path, "bfloat16", "cpu", **STREAMED)
+    before = {name: p.data_ptr() for layer in model.unet.layers() for name, p in layer.named_parameters()}
+    step(model)
+    after = {name: p.data_ptr() for layer in model.unet.layers() for name, p in layer.named_parameters()}
+    assert before == after
+    mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
+              if str(path) in line]  # fmt: skip
+    ranges = [range(int(first, 16), int(last, 16)) for first, last in mapped]
+    for layer in model.unet.layers():
+        for p in parameters_of(layer):
+            assert p.dtype == torch.float32
+            assert any(p.data_ptr() in r for r in ranges)
+    assert next(model.unet.parameters()).dtype == torch.bfloat16          # what is no layer's is on the device
+
+
+def test_a_layer_that_fails_gets_its_own_weights_back() -> None:
+    layer = torch.nn.Linear(2, 2)
+    own = parameters_of(layer)
+    with computing_with(layer, [torch.zeros(2, 2), torch.zeros(2)]):
+        assert not layer(torch.ones(2)).any()
+    with pytest.raises(RuntimeError, match="shapes"), computing_with(layer, [torch.zeros(2, 2), torch.zeros(2)]):
+        layer(torch.ones(3, 3))
+    assert all(x is y for x, y in zip(parameters_of(layer), own))
+
+
+def test_a_streamed_model_is_saved_as_it_was_loaded(path: Path, tmp_path: Path) -> None:
+    models.save(models.load(path, "float32", "cpu", **STREAMED), tmp_path / path.name)
+    same(step(models.load(tmp_path / path.name, device="cpu")), step(models.load(path, device="cpu")))
+
+
+# --- CUDA's copies, without a GPU: what is ordered in which order
+
+
+class Order:
+    """Stands for torch.cuda: streams and events that note what is asked of them."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def Stream(self, device: torch.device) -> "Order.Queue":  # noqa: N802
+        return Order.Queue(self, "copies")
+
+    def current_stream(self, device: torch.device) -> "Order.Queue":
+        return Order.Queue(self, "computes")
+
+    def stream(self, queue: "Order.Queue") -> nullcontext:
+        return nullcontext()
+
+    class Queue:
+        def __init__(self, order: "Order", name: str) -> None:
+            self.order, self.name = order, name
+
+        def record_event(self) -> "Order.Queue":
+            return self
+
+        def wait_event(self, event: "Order.Queue") -> None:
+            self.order.said.append(f"{self.name} waits for {event.name}")
+
+        def synchronize(self) -> None:
+            self.order.said.append(f"the host waits for {self.name}")
+
+
+def test_cuda_copies_wait_for_what_still_reads_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, empty = Order(), torch.empty
+    monkeypatch.setattr(streaming.torch, "cuda", order)
+    monkeypatch.setattr(streaming.torch, "empty", lambda *size, pin_memory=False, **more: empty(*size, **more))
+    layers = [torch.nn.Linear(3, 2 + i) for i in range(4)]
+    size, cpu = max(extent(parameters_of(layer)) for layer in layers), torch.device("cpu")
+    window = Window(layers, cpu, torch.float64, CopyBeside(size, torch.float64, cpu))
+    for i in (0, 1, 2, 3, 3, 2, 1, 0):
+        weights = window.take(i)
+        window.copier.thread.submit(int).result()                     # the copy ahead has been ordered, too
+        assert all(torch.equal(w, p.double()) for w, p in zip(weights, parameters_of(layers[i])))
+    copies = [line for line in order.said if line != "computes waits for copies"]
+    assert copies[:2] == ["copies waits for computes"] * 2            # into places that nobody has pinned before
+    assert copies[2:] == ["the host waits for copies", "copies waits for computes"] * 4
+    assert order.said.count("computes waits for copies") == 8         # before each layer
+
+
+# --- what is refused
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ModelError, match="it needs checkpointing blocks, not attention"):
+        Setting(torch.float32, "attention", "auto", "stream")
+    with pytest.raises(ModelError, match="offload is one of none, idle, stream; 'all' is none of them"):
+        models.load("emoji", device="cpu", offload="all")
+
+
+def test_a_model_with_places_is_not_moved() -> None:
+    model = tiny_model()
+    place(model, IDLE, CPU)
+    with pytest.raises(ModelError, match="was loaded with offload idle for cpu: load it anew"):
+        model.to("cpu")
+
+
+def test_what_is_cheaper_comes_in_order() -> None:
+    setting, steps = Setting(torch.float16), []
+    while setting := setting.cheaper(torch.device("cuda")):
+        steps.append((setting.checkpointing, setting.offload))
+    assert steps == [("attention", "none"), ("blocks", "none"), ("blocks", "idle"), ("blocks", "stream")]
+    assert Setting(torch.float32, "blocks").cheaper(torch.device("cpu")) is None
