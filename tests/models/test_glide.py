@@ -11,11 +11,11 @@ from torch import nn
 
 import models
 from models import GlideModel, ModelError
-from models.glide import beside
 from models.glide_file import read_glide
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
 from models.noisy_clip import NoisyClip, NoisyClipConfig
+from models.pixels import beside
 from models.presets import GLIDE
 from models.single_file import read_single_file
 from models.unet import UNet
