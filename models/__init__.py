@@ -4,6 +4,8 @@ model = models.load("emoji")            # or a hub id, a folder, a single file
 models.save(model, "copy", "diffusers")
 """
 
+from models.class_hub import load_classifier
+from models.class_model import ClassModel
 from models.errors import ModelError
 from models.glide import GlideModel
 from models.glide_hub import load_noisy_clip
@@ -13,6 +15,6 @@ from models.text import TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 
 __all__ = [
-    "ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load",
-    "load_noisy_clip", "save",
+    "ClassModel", "ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures", "Tokens", "load",
+    "load_classifier", "load_noisy_clip", "save",
 ]  # fmt: skip

@@ -221,7 +221,7 @@ class TestFiles:
     def test_stable_diffusion_s_options_are_refused(self, tmp_path: Path) -> None:
         models.save(tiny_glide(), tmp_path / "base.safetensors")
         for source in (tmp_path, tmp_path / "base.safetensors", "glide"):
-            with pytest.raises(ModelError, match="are for Stable Diffusion"):
+            with pytest.raises(ModelError, match="has no use for prediction: leave it out"):
                 models.load(source, prediction="v_prediction")
         with pytest.raises(ModelError, match="no layout 'bogus'"):
             models.save(tiny_glide(), tmp_path / "x.safetensors", "bogus")
