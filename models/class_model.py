@@ -69,8 +69,8 @@ class ClassModel(PixelModel):
     source: str
     null: bool
     factor: int = 1
-    prediction: str = "epsilon"
     upsampler: "ClassModel | None" = None
+    prediction: ClassVar[str] = "epsilon"
     family: ClassVar[str] = "classes"
     width: ClassVar[int] = 0     # of a token's vector: nothing here reads words
     inpaints: ClassVar[bool] = False
