@@ -16,7 +16,7 @@ from guidance.gradient import Gradient, with_gradient
 
 
 class Model(Protocol):
-    """What `models.LatentModel` and `models.GlideModel` offer and images need."""
+    """What `models.LatentModel`, `models.GlideModel` and `models.ClassModel` offer and images need."""
 
     tokenizer: Any
     schedule: dict[str, Any]

@@ -49,7 +49,8 @@ def generate(
 ) -> Tensor:
     """Draws one image for each prompt.
 
-    prompts     B of them; the same one several times gives as many images of it.
+    prompts     B of them; the same one several times gives as many images of it. For a model of classes their names or
+                numbers ("207"), for an unconditional one "".
     negative    what guidance moves away from, one for all or one a prompt; None is the empty prompt.
     steps       of the sampler, over the times that diffusers visits with it (`diffusion.default_levels`), or over
                 those of `diffusion.respaced` with models that were published with these (GLIDE).
@@ -77,6 +78,7 @@ def generate(
     given = zip((sampler, steps, scale), model.sampling)
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
+    inputs.require_two_sides(model, scale)
     batches = inputs.batches(len(prompts), batch_size)
     if guidance is not None and len(batches) > 1:
         raise inputs.GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")

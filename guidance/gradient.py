@@ -60,19 +60,22 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
     return gradient
 
 
-def classifier(network: Any, classes: Sequence[int], scale: float) -> Gradient:
+def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Gradient:
     """The gradient of log p(y | x_t) by a classifier that reads noise (Dhariwal & Nichol 2021, section 4.1).
 
     network: a `models.classifier.Classifier`, or anything with `classes` and (x_t (B, C, H, W), t (B,)) -> (B, classes)
-    logits. classes: y, 0 … classes - 1, one an image. scale: s; the published classifiers take 0.5 to 10.
+    logits. classes: y, 0 … classes - 1, one an image; or their names, if the network has `names`, too. scale: s; the
+    published classifiers take 0.5 to 10.
 
     Raises GuidanceError for a class that there is not, and when it is asked about more or fewer images than classes.
     """
-    wrong = [y for y in classes if not 0 <= y < network.classes]
-    if wrong or not classes:
+    numbers = [_number(network, asked) for asked in classes]
+    wrong = [asked for asked, y in zip(classes, numbers) if not 0 <= y < network.classes]
+    if wrong or not numbers:
         what = f"class {wrong[0]} is none" if wrong else "no class is named"
-        raise GuidanceError(f"{what}: this classifier knows 0 to {network.classes - 1}, and wants one an image")
-    y = torch.tensor(list(classes))
+        known = getattr(network, "names", f"0 to {network.classes - 1}")
+        raise GuidanceError(f"{what}: this classifier knows {known}, and wants one an image")
+    y = torch.tensor(numbers)
 
     def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
         if len(x_t) != len(y):
@@ -82,6 +85,16 @@ def classifier(network: Any, classes: Sequence[int], scale: float) -> Gradient:
         return logits.log_softmax(dim=1).gather(1, y.to(x_t.device)[:, None]).squeeze(1)
 
     return gradient_of(log_probability, scale)
+
+
+def _number(network: Any, asked: int | str) -> int:
+    """A class by its name or number; -1 for a name that no class has."""
+    if isinstance(asked, int):
+        return asked
+    try:
+        return network.names.index(asked)
+    except (AttributeError, ValueError):
+        return -1
 
 
 def clip_gradient(clip: Any, texts: Sequence[str], scale: float) -> Gradient:

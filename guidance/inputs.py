@@ -36,6 +36,15 @@ def prompts(
     return prompts, negatives
 
 
+def require_two_sides(model: Any, scale: float) -> None:
+    """Raise GuidanceError for a scale between two predictions of a model that has but one."""
+    if scale not in (0, 1) and not getattr(model, "classes", True):
+        raise GuidanceError(
+            f"{model.source} draws no classes, so a guidance scale of {scale:g} has nothing to go by: leave it at 1, "
+            "or guide by guidance.classifier"
+        )
+
+
 def start(image: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
     """The images to start from, one a prompt: (B, 3, H, W)."""
     if not isinstance(image, Tensor):

@@ -6,6 +6,8 @@ models.save(model, "copy", "diffusers")
 
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
+from models.class_hub import load_classifier
+from models.class_model import ClassModel
 from models.errors import ModelError
 from models.glide import GlideModel
 from models.glide_hub import load_noisy_clip
@@ -17,6 +19,6 @@ from models.text import TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 
 __all__ = [
-    "AttentionKind", "Checkpointing", "ClipTokenizer", "GlideModel", "LatentModel", "ModelError", "TextFeatures",
-    "Setting", "Tokens", "load", "load_noisy_clip", "outline", "save",
+    "AttentionKind", "Checkpointing", "ClassModel", "ClipTokenizer", "GlideModel", "LatentModel", "ModelError",
+    "Setting", "TextFeatures", "Tokens", "load", "load_classifier", "load_noisy_clip", "outline", "save",
 ]  # fmt: skip

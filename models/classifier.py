@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attend import attend, split
+from models.class_names import ClassNames
 from models.errors import ModelError
 from models.layers import Condition, NormSiLU, Pointwise, tokens_of
 from models.unet import Descent, UNetConfig
@@ -51,10 +52,16 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(Descent):
-    """Logits of the classes from a noisy image and its time."""
+    """Logits of the classes from a noisy image and its time. names: of the classes; None calls them by their numbers.
 
-    def __init__(self, config: ClassifierConfig) -> None:
+    Raises ModelError for another number of names.
+    """
+
+    def __init__(self, config: ClassifierConfig, names: ClassNames | None = None) -> None:
         super().__init__(config.descent)
+        self.names = names or ClassNames.numbered(self.classes)
+        if len(self.names) != self.classes:
+            raise ModelError(f"{len(self.names)} names for {self.classes} classes: {self.names}")
         self.image_size, c = config.image_size, self.channels
         positions = (config.image_size // config.descent.factor) ** 2
         pool = AttentionPool(c, positions, config.descent.heads(c), config.descent.out_channels)

@@ -4,8 +4,6 @@ The four published files say nothing but their tensors; which one it is, its inp
 sizes is written as .safetensors with its numbers and its merges in the metadata, and read back from there.
 """
 
-import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 import torch
 
 from models.configs import require_schedule
+from models.described import described, require, unet_config, write_described
 from models.errors import ModelError
-from models.files import Weights, metadata
+from models.files import Weights
 from models.glide import GlideModel
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
@@ -22,8 +21,8 @@ from models.kinds import GLIDE as GLIDE_KIND
 from models.kinds import STEM, kind_of
 from models.presets import GLIDE, GlidePreset
 from models.renaming import Layout
-from models.unet import UNet, UNetConfig
-from models.weights import Part, fill, gather, on_meta, write_safetensors
+from models.unet import UNet
+from models.weights import Part, fill, gather, on_meta
 
 KEY = "oneword.glide"
 PARTS = ("base", "upsample")
@@ -41,12 +40,9 @@ def outline_glide(path: Path) -> GlideModel:
     weights = Weights((path,))
     if (kind := kind_of(weights.open())) != GLIDE_KIND:
         raise ModelError(f"{path} is {kind.words}, and one of GLIDE's networks is needed")
-    said = metadata(path).get(KEY) if path.suffix == ".safetensors" else None
-    if said:
-        preset, tokenizer = _described(said, path)
-    else:
-        preset = _published(tuple(weights.open()[STEM].shape), path)
-        tokenizer = GlideTokenizer.gpt2(preset.text.length)
+    known = described(path, KEY, _understood)
+    preset = known[0] if known else _published(tuple(weights.open()[STEM].shape), path)
+    tokenizer = known[1] if known else GlideTokenizer.gpt2(preset.text.length)
     return of_preset(preset, tokenizer, str(path))
 
 
@@ -83,22 +79,12 @@ def write_glide(model: GlideModel, path: Path, dtype: torch.dtype | None) -> Non
 
     Raises ModelError for a path that is taken by anything else, or is no .safetensors.
     """
-    if path.suffix != ".safetensors":
-        raise ModelError(f"a GLIDE network is written as .safetensors; {path} ends in {path.suffix!r}")
-    if path.exists() and KEY not in metadata(path):
-        raise ModelError(f"{path} exists: choose another path, or remove it")
-    described = {
+    said = {
         "unet": asdict(model.unet.config), "text": asdict(model.text.config), "schedule": model.schedule,
         "resolution": model.resolution, "factor": model.factor, "inpaints": model.inpaints,
         "merges": [" ".join(pair) for pair in model.tokenizer.merges],
     }  # fmt: skip
-    tensors = {name: tensor for part in _parts(model) for name, tensor in gather(part, dtype).items()}
-    beside = path.with_name(path.name + ".part")
-    try:
-        write_safetensors(beside, tensors, {KEY: json.dumps(described)})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_described(path, KEY, said, {n: t for part in _parts(model) for n, t in gather(part, dtype).items()})
 
 
 def _parts(model: GlideModel) -> list[Part]:
@@ -115,19 +101,10 @@ def _published(stem: tuple[int, ...], path: Path) -> GlidePreset:
     )
 
 
-def _described(said: str, path: Path) -> tuple[GlidePreset, GlideTokenizer]:
-    """The network and tokenizer that a file of `write_glide` describes."""
-    try:
-        known: dict[str, Any] = json.loads(said)
-        merges = [tuple(pair.split(" ")) for pair in known.pop("merges")]
-        lists = {key: tuple(value) for key, value in known["unet"].items() if isinstance(value, list)}
-        unet, text = UNetConfig(**known.pop("unet") | lists), GlideTextConfig(**known.pop("text"))
-        for key, kind in {"factor": int, "resolution": int, "inpaints": bool, "schedule": dict}.items():
-            if not isinstance(known[key], kind):
-                raise TypeError(f"{key} is {known[key]!r}")
-        require_schedule(known["schedule"].get("name"), str(path))
-        return GlidePreset(unet, text, **known), GlideTokenizer(merges, text.length)
-    except ModelError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the metadata of {path} does not describe a GLIDE network ({error})") from error
+def _understood(said: dict[str, Any]) -> tuple[GlidePreset, GlideTokenizer]:
+    """The network and tokenizer that `write_glide` described."""
+    merges = [tuple(pair.split(" ")) for pair in said.pop("merges")]
+    unet, text = unet_config(said.pop("unet")), GlideTextConfig(**said.pop("text"))
+    require(said, {"factor": int, "resolution": int, "inpaints": bool, "schedule": dict})
+    require_schedule(said["schedule"].get("name"), "its description")
+    return GlidePreset(unet, text, **said), GlideTokenizer(merges, text.length)

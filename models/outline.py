@@ -40,7 +40,7 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
     `models.load`, and for a hub id that nothing is known of here.
     """
     if source in EMBEDDED:
-        return outline_folder(EMBEDDED[source], prediction)
+        return outline(EMBEDDED[source], prediction)
     if source in CASCADES:
         preset = GLIDE[CASCADES[source][0]]
         return of_preset(preset, GlideTokenizer.gpt2(preset.text.length), source)

@@ -111,11 +111,12 @@ GLIDE: dict[str, GlidePreset] = {
 
 @dataclass(frozen=True)
 class ClassPreset:
-    """One of guided-diffusion's models in numbers. resolution: of its images, in pixels."""
+    """One of guided-diffusion's models in numbers; the fields are those of ClassModel."""
 
     unet: UNetConfig
     schedule: dict[str, Any]
     resolution: int
+    factor: int = 1
 
 
 MULTIPLES = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
@@ -129,6 +130,13 @@ def _adm(size: int, channels: int, out_channels: int, res_blocks: int, **more: A
     return UNetConfig(3, out_channels, channels, MULTIPLES[size], res_blocks, attends, **alike | more)
 
 
+def _upsampler(size: int, sides: tuple[int, ...], **heads: int | None) -> ClassPreset:
+    """One of the two that enlarge four times, with attention at so many pixels."""
+    config = _adm(256, 192, 6, 2, num_classes=1000, **heads)
+    config = replace(config, in_channels=6, attention_resolutions=tuple(size // side for side in sides))
+    return ClassPreset(config, LINEAR, size, factor=4)
+
+
 def _classifier(size: int, res_blocks: int) -> ClassifierConfig:
     return ClassifierConfig(_adm(size, 128, 1000, res_blocks), size)
 
@@ -139,6 +147,10 @@ ADM: dict[str, ClassPreset] = {
     "256": ClassPreset(_adm(256, 256, 6, 2, num_classes=1000), LINEAR, 256),
     "256-uncond": ClassPreset(_adm(256, 256, 6, 2), LINEAR, 256),
     "512": ClassPreset(_adm(512, 256, 6, 2, num_classes=1000), LINEAR, 512),
+}
+ADM_UPSAMPLERS: dict[str, ClassPreset] = {
+    "64-256": _upsampler(256, (32, 16, 8), num_heads=4, head_channels=None),
+    "128-512": _upsampler(512, (32, 16)),
 }
 ADM_CLASSIFIERS = {str(size): _classifier(size, 4 if size == 64 else 2) for size in MULTIPLES}
 

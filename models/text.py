@@ -23,9 +23,9 @@ from models.layers import Linear
 
 
 class TextFeatures(NamedTuple):
-    """context: (B, L, D) features of every position; pooled: (B, E) one vector a prompt, or None."""
+    """context: (B, L, D) features of every position; pooled: (B, E) one vector a prompt. Either may be None."""
 
-    context: Tensor
+    context: Tensor | None
     pooled: Tensor | None = None
 
 

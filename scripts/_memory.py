@@ -9,7 +9,7 @@ import inversion
 import models
 from inversion.plan import table
 from inversion.sizes import parsed, size
-from models.loading import choose_device
+from models.devices import choose_device
 from models.setting import Setting
 from models.weights import choose_dtype
 

@@ -1,4 +1,4 @@
-"""Untrained models for train_diffusion.py: a latent diffusion model around an autoencoder, or a GLIDE of pixels."""
+"""Untrained models for train_diffusion.py: a latent one around an autoencoder, a GLIDE, or one of classes."""
 
 import json
 from collections.abc import Iterable
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from models import ClipTokenizer, GlideModel, LatentModel
+from models import ClassModel, ClipTokenizer, GlideModel, LatentModel
+from models.class_names import ClassNames
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
-from models.presets import GLIDE_BASE, GLIDE_UPSAMPLE, SD_SCHEDULE, family_of
+from models.presets import COSINE, GLIDE_BASE, GLIDE_UPSAMPLE, LINEAR, SD_SCHEDULE, family_of
 from models.text import ClipText, ClipTextConfig
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
@@ -73,3 +74,22 @@ def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
     return GlideModel(
         unet, text, tokenizer, dict(like.schedule), size, config.factor, inpaints=False, source=str(config.output)
     )
+
+
+def class_model(config: Any, captions: Iterable[str], size: int) -> ClassModel:
+    """guided-diffusion in small, of the classes that the captions are, or of none; it predicts eps alone.
+
+    config: that of train_diffusion.py.
+    """
+    classes = ClassNames(tuple(dict.fromkeys(caption for caption in captions if caption)))
+    torch.manual_seed(config.seed)
+    unet = UNet(
+        UNetConfig(
+            3 + 3 * (config.factor > 1), 3, config.model_channels, config.channel_mult, config.num_res_blocks,
+            config.attention_resolutions, None, config.head_channels, 0, attention="self", resblock_updown=True,
+            scale_shift=True, num_classes=len(classes) or None, norm_groups=config.norm_groups,
+        )
+    )  # fmt: skip
+    schedule = dict(COSINE if config.factor == 1 else LINEAR)
+    null = config.caption_dropout > 0 or not len(classes)
+    return ClassModel(unet, classes, schedule, size, str(config.output), null, config.factor)

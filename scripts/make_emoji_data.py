@@ -7,6 +7,8 @@ writes, over white and at 64x64,
     vae/         every picture except those of held-out concepts, for the autoencoder
     captioned/   the concepts that the diffusion model learns, with captions.jsonl
     held_out/    the concepts that nothing is trained on
+    classes/     a folder a class of pictures that look alike, for classifiers and models of classes
+    classes_held_out/   every sixth concept of each class, and those of held_out/, which nothing of classes is taught
 """
 
 import json
@@ -29,6 +31,19 @@ EXTRA_SUBCATEGORIES = {"face-costume", "heart"}
 LEFT_OUT = {
     "time", "hotel", "place-map", "av-symbol", "mail", "money", "office", "book-paper", "lock", "sound", "writing",
     "phone", "other-object", "award-medal", "computer", "medical", "light & video", "music",
+}  # fmt: skip
+# Classes that can be told apart at 32x32, by subcategory.
+CLASSES = {
+    "building": {"place-building"},
+    "clock": {"time"},
+    "face": {"face-smiling", "face-affection", "face-tongue", "face-concerned"},
+    "fruit": {"food-fruit", "food-vegetable"},
+    "hand": {
+        "hand-fingers-open", "hand-fingers-partial", "hand-single-finger", "hand-fingers-closed", "hands", "hand-prop",
+    },
+    "heart": {"heart"},
+    "mammal": {"animal-mammal"},
+    "vehicle": {"transport-ground"},
 }  # fmt: skip
 LEFT_OUT_NAMES = re.compile(r"moon|suit$|oncoming|banknote|ballot|waning|waxing|station|^bust|sign$|symbol$|stop$")
 
@@ -67,6 +82,22 @@ def is_drawn(entry: dict) -> bool:
     return wanted and entry["subcategory"] not in LEFT_OUT and not LEFT_OUT_NAMES.search(entry["name"].lower())
 
 
+def class_of(entry: dict) -> str | None:
+    """The class of a picture, if it is in one."""
+    return next((name for name, kinds in CLASSES.items() if entry.get("subcategory") in kinds), None)
+
+
+def write_classes(found: list[tuple[str, str, dict, Path]], config: Config, held_out: set[str]) -> None:
+    """Write the two folders of classes, from what `pictures` found."""
+    concepts = {key: sorted({name for _, name, entry, _ in found if class_of(entry) == key}) for key in CLASSES}
+    held_out = held_out | {name for names in concepts.values() for name in names[5::6]}
+    for style, name, entry, file in found:
+        if key := class_of(entry):
+            target = config.output / ("classes_held_out" if name in held_out else "classes") / key
+            target.mkdir(parents=True, exist_ok=True)
+            over_white(file, config.size).save(target / f"{style}-{file.name}")
+
+
 def pictures(config: Config) -> Iterator[tuple[str, str, dict, Path]]:
     """(style, name, entry, file) of every picture, variations of skin colour included."""
     for vendor, style in STYLES.items():
@@ -86,10 +117,12 @@ def over_white(file: Path, size: int) -> Image.Image:
 
 
 def main(config: Config) -> None:
-    """Write the three folders."""
+    """Write the folders."""
     held_out = set(HELD_OUT.read_text().split("\n")) - {""}
     rows: dict[str, list[dict]] = {"captioned": [], "held_out": []}
-    for style, name, entry, file in tqdm(list(pictures(config)), desc="pictures"):
+    found = list(pictures(config))
+    write_classes(found, config, held_out)
+    for style, name, entry, file in tqdm(found, desc="pictures"):
         picture = over_white(file, config.size)
         drawn = entry and is_drawn(entry) and (not config.categories or entry["category"] in config.categories)
         kinds = ["held_out"] if name in held_out else ["vae"] + ["captioned"] * bool(drawn)

@@ -30,9 +30,9 @@ from inversion.images import read_images
 @dataclass
 class Config:
     prompt: tuple[str, ...]
-    """What to draw: one or several."""
+    """What to draw: one or several; for a model of classes their names or numbers."""
     model: str = "emoji"
-    """emoji, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
+    """emoji, emoji-classes, glide, adm-64, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
     negative: str = ""
     """What to keep away from."""
     count: int = 1

@@ -1,20 +1,24 @@
-"""Train a diffusion model on captioned images: the UNet and the text transformer together.
+"""Train a diffusion model on images: of captions (UNet and text transformer together), of classes, or of nothing else.
 
     python scripts/train_diffusion.py --data data/emoji/captioned --vae runs/vae --output runs/emoji
     python scripts/train_diffusion.py --data data/emoji/captioned --size 32 --output runs/glide
     python scripts/train_diffusion.py --data data/emoji/captioned --size 64 --factor 2 --output runs/upsampler
+    python scripts/train_diffusion.py --told classes --data data/emoji/classes --size 32 --output runs/classes
+    python scripts/train_diffusion.py --told nothing --data photos --size 32 --output runs/ddpm
 
-With an autoencoder, which stays as it is, a latent diffusion model of v; without one a GLIDE, of the pixels themselves,
-on the squared error of eps and the variational bound of its variance (Nichol & Dhariwal 2021, equation 16); with a
-factor the upsampler of a GLIDE, which is shown each image that many times smaller.
+Told captions: with an autoencoder, which stays as it is, a latent diffusion model of v; without one a GLIDE, of the
+pixels themselves, on the squared error of eps and the variational bound of its variance (Nichol & Dhariwal 2021,
+equation 16); with a factor the upsampler of a GLIDE, which is shown each image that many times smaller. Told classes,
+or nothing: a DDPM of pixels (Ho et al. 2020, algorithm 1), on the squared error of eps alone.
 
-First the text transformer learns alone, to tell from a caption roughly what the picture looks like. (Stable
+First a text transformer learns alone, to tell from a caption roughly what the picture looks like. (Stable
 Diffusion's comes trained from CLIP. An untrained one learns next to nothing through a UNet that as yet ignores it: the
 captions differ in a few of 32 tokens, and the noise in the gradient hides them.) Then both learn to denoise.
 
-Captions are replaced by the empty prompt with a set probability, so that the one network learns the conditional and
-the unconditional score and can guide itself (Ho & Salimans 2022). Matrices learn by Muon, the rest by AdamW: from one
-checkpoint, 200 steps of it left a training loss of 0.3145 where AdamW alone left 0.3237, at a third more time a step.
+Captions and classes are replaced by the empty prompt with a set probability, so that the one network learns the
+conditional and the unconditional score and can guide itself (Ho & Salimans 2022). Matrices learn by Muon, the rest by
+AdamW: from one checkpoint, 200 steps of it left a training loss of 0.3145 where AdamW alone left 0.3237, at a third
+more time a step.
 The weights that are written are an exponential moving average; with held-out pictures, that of the save whose loss on
 them was the lowest. (They are shown without captions, whose words the model may not have met; the loss rises when it
 begins to know its own pictures by heart.) Interrupted with Ctrl-C it saves first; with --resume it continues with the
@@ -30,46 +34,48 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from _command import run
+from _pictures import read_told
 from _runs import new_folder, resumed
 from _training import Trainer, generator, require_sense, run_steps
-from _untrained import glide_model, latent_model
-from PIL import Image
+from _untrained import class_model, glide_model, latent_model
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 import models
 from diffusion import Schedule, hybrid_loss, mse, target
-from models import GlideModel, LatentModel, ModelError, Tokens
+from models import ClassModel, GlideModel, LatentModel, ModelError, Tokens
 from models.weights import write_safetensors
 
-Model = GlideModel | LatentModel
+Model = ClassModel | GlideModel | LatentModel
 
 
 @dataclass
 class Config:
-    """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line, which a new run needs.
+    """data: a folder with captions.jsonl, one {"file", "name", "captions"} a line; for classes a folder with a
+    subfolder of images each; for nothing any folder of images. told: what the network is told beside the noisy image.
 
-    vae: the output of train_vae.py. With --resume every flag is the interrupted run's.
-    held_out: such a folder of pictures to judge by: of all saves, the weights that know them best are written.
-    size: of the images, reduced to it by averaging; None as they are. factor: how many times an upsampler enlarges.
+    With --resume every flag is the interrupted run's. held_out: such a folder of pictures to judge by: of all saves,
+    the weights that know them best are written. vae: the output of train_vae.py. size: of the images; captioned ones
+    are reduced to it by averaging, None leaves them as they are. factor: how many times an upsampler enlarges.
     norm_groups: of every norm, with at least two, better four, of the model_channels in each; one channel alone would
     lose its mean, and the network could say nothing of the mean colour (seen: the seed decided on it).
     text_steps: of the text transformer alone, with 64 captions each. caption_dropout: the probability of the empty
-    prompt. dtype: of the networks; masters are float32.
+    prompt, of a class's absence as well. flip: learn from each image's mirror image too. dtype: of the networks;
+    masters are float32.
     """
 
     data: Path | None = None
+    told: Literal["captions", "classes", "nothing"] = "captions"
     held_out: Path | None = None
     vae: Path | None = None
     output: Path = Path("runs/emoji")
     size: int | None = None
     factor: int = 1
     model_channels: int = 64
-    channel_mult: tuple[int, ...] = (1, 2, 3)
+    channel_mult: tuple[float, ...] = (1, 2, 3)
     num_res_blocks: int = 1
     attention_resolutions: tuple[int, ...] = (2,)
     head_channels: int = 64
@@ -81,6 +87,7 @@ class Config:
     text_heads: int = 5
     text_steps: int = 1500
     caption_dropout: float = 0.1
+    flip: bool = False
     steps: int = 12000
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -88,35 +95,6 @@ class Config:
     seed: int = 0
     save_every: int = 500
     resume: bool = False
-
-
-def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[dict]]:
-    """Images (N, 3, H, W) in [-1, 1] of a folder, all of one size, and the rows of captions.jsonl."""
-    file = folder / "captions.jsonl"
-    if not file.is_file():
-        raise ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
-    try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        forms = {len(row["captions"]) for row in rows if row["file"] and row["name"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f'a line of {file} is not {{"file": "...", "name": "...", "captions": ["..."]}} ({error})'
-        ) from error
-    if len(forms) != 1 or not min(forms):
-        raise ModelError(f"{file}: every image needs equally many captions, at least one; found {sorted(forms)}")
-    pixels = [read_picture(folder / row["file"]) for row in rows]
-    if len(sizes := {picture.shape[:2] for picture in pixels}) > 1:
-        raise ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
-    return images if size is None else functional.adaptive_avg_pool2d(images, size), rows
-
-
-def read_picture(file: Path) -> np.ndarray:
-    """The pixels (H, W, 3) uint8 of an image. Raises ModelError if it cannot be read."""
-    try:
-        return np.asarray(Image.open(file).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, and what its plugins raise
-        raise ModelError(f"{file} cannot be read as an image ({error}): mend it, or take out its line") from error
 
 
 def reduced(images: Tensor, config: Config) -> Tensor | None:
@@ -177,8 +155,9 @@ class Pictures:
 
     @torch.no_grad()
     def fixed_loss(self, model: Model, schedule: Schedule) -> float:
-        """The loss without captions over 512 draws that are always the same."""
-        losses = [self.loss(model, schedule, 64, generator(2**30, i), dropout=1.0) for i in range(8)]
+        """The loss over 512 draws that are always the same; without captions, but with classes, which are known."""
+        dropout = 0.0 if isinstance(model, ClassModel) else 1.0
+        losses = [self.loss(model, schedule, 64, generator(2**30, i), dropout) for i in range(8)]
         return torch.stack(losses).mean().item()
 
 
@@ -228,7 +207,13 @@ def objective(model: Model, schedule: Schedule, output: Tensor, x0: Tensor, t: T
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:
     """Whether a weight maps features to features: no table, and neither the first nor the last layer of the UNet."""
     outermost = name.startswith(("unet.input_blocks.0.", "unet.out."))
-    return weight.ndim >= 2 and "embedding" not in name and not outermost
+    table = "embedding" in name or "label_emb" in name
+    return weight.ndim >= 2 and not table and not outermost
+
+
+def networks(model: Model) -> dict[str, nn.Module]:
+    """What is trained of a model."""
+    return {"unet": model.unet} | ({} if isinstance(model, ClassModel) else {"text": model.text})
 
 
 def export(
@@ -238,7 +223,8 @@ def export(
 
     judge: the loss of held-out pictures, which then decides: only if it is lower than ever is anything written.
     """
-    model.unet.float(), model.text.float()                           # the average is float32, and so rounded once
+    for network in networks(model).values():
+        network.float()                                              # the average is float32, and so rounded once
     trainer.put(trainer.average)
     held_out = judge() if judge else -math.inf
     if judge:
@@ -246,7 +232,8 @@ def export(
     if held_out < trainer.best or not judge:
         trainer.best = held_out
         models.save(model, folder, dtype=torch.float16)
-    model.unet.to(dtype), model.text.to(dtype)
+    for network in networks(model).values():
+        network.to(dtype)
     trainer.put(trainer.master)
 
 
@@ -258,25 +245,31 @@ def main(config: Config) -> None:
     else:
         new_folder(config.output, "diffusion", "the same command and --resume")
     if config.data is None:
-        raise ModelError("say what to learn from: --data FOLDER, of images with a captions.jsonl")
-    images, rows = read_captioned(config.data, config.size)
+        raise ModelError("say what to learn from: --data FOLDER, of images with a captions.jsonl, or of classes")
+    if config.told != "captions" and config.vae is not None:
+        raise ModelError(f"a model told {config.told} draws pixels: leave --vae out")
+    images, rows = read_told(config.told, config.data, config.size)
+    images, rows = (torch.cat([images, images.flip(-1)]), rows * 2) if config.flip else (images, rows)
     small = reduced(images, config)
-    build = glide_model if config.vae is None else latent_model
+    build = class_model if config.told != "captions" else glide_model if config.vae is None else latent_model
     model = build(config, [caption for row in rows for caption in row["captions"]], images.shape[-1])
     schedule = Schedule(**model.schedule)
     shape, pictures = model.x0_shape(*images.shape[2:]), Pictures.of(model, images, small, rows)
     judge = None
     if config.held_out is not None:
-        images, held_rows = read_captioned(config.held_out, images.shape[-1])
+        images, held_rows = read_told(
+            config.told, config.held_out, images.shape[-1], getattr(model, "classes", None)
+        )
         held_out = Pictures.of(model, images, reduced(images, config), held_rows)
         judge = partial(held_out.fixed_loss, model, schedule)
 
     checkpoint = config.output / "training.pt"
-    if not checkpoint.exists():
+    if config.told == "captions" and not checkpoint.exists():
         teach_text(model, pictures.captions, pictures.moments[:, : shape[0]], config)
     dtype = getattr(torch, config.dtype)
-    networks = {"unet": model.unet.to(dtype).train(), "text": model.text.to(dtype).train()}
-    trainer = Trainer(networks, config.learning_rate, config.steps, 200, 0.9995, muon=is_hidden_matrix)
+    trained = {name: network.to(dtype).train() for name, network in networks(model).items()}
+    decay = max(0.9, 1 - 6 / config.steps)           # the average remembers a sixth of the training: 0.9995 of 12000
+    trainer = Trainer(trained, config.learning_rate, config.steps, 200, decay, muon=is_hidden_matrix)
     if checkpoint.exists():
         trainer.load(checkpoint)
 

@@ -182,7 +182,9 @@ def load(config: Config) -> Model:
 
 
 def require_base(model: Model) -> Model:
-    """The model. Raises ModelError for an upsampler."""
+    """The model. Raises ModelError for an upsampler, and for a model of classes."""
+    if not model.width:
+        raise models.ModelError(f"{model.source} is told classes and reads no words: name a model that draws from text")
     if model.factor > 1:
         raise models.ModelError(
             f"{model.source} is an upsampler, which learns no word: name the base network, or the folder of both"

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from models import ClipTokenizer, GlideModel, LatentModel
+from models import ClassModel, ClipTokenizer, GlideModel, LatentModel
+from models.class_names import ClassNames
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
 from models.text import ClipText, ClipTextConfig
@@ -68,6 +69,26 @@ def tiny_glide(seed: int = 0, factor: int = 1, inpaints: bool = False) -> GlideM
     schedule = {"name": "linear" if factor > 1 else "squaredcos_cap_v2", "steps": 1000}
     return GlideModel(
         unet, text, tokenizer, schedule, 16 * factor, factor, inpaints, f"tiny GLIDE:{seed}"
+    )
+
+
+def tiny_classes(
+    seed: int = 0, classes: tuple[str, ...] = ("dog", "cat", "owl"), factor: int = 1, size: int | None = None
+) -> ClassModel:
+    """A frozen model of three classes, or of those given, that met ∅ too; 16x16 pixels, or an upsampler to `factor`
+    times as many.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        config = UNetConfig(
+            3 + 3 * (factor > 1), 6, 32, (1, 2), 1, (2,), None, 16, 0, attention="self", resblock_updown=True,
+            scale_shift=True, num_classes=len(classes) or None,
+        )  # fmt: skip
+        unet = UNet(config)
+        randomise(unet)
+    schedule = {"name": "linear" if factor > 1 else "squaredcos_cap_v2", "steps": 1000}
+    return ClassModel(
+        unet, ClassNames(classes), schedule, size or 16 * factor, f"tiny classes:{seed}", null=True, factor=factor
     )
 
 

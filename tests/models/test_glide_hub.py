@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,25 +44,32 @@ class Server(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+@contextmanager
+def serving() -> Iterator[tuple[type[Server], str]]:
+    """A server of its own class, and its address."""
+    kind = type("Serving", (Server,), {"files": {}, "begun": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield kind, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
     """A server at the published address, of tiny networks that count as the published ones; and an empty cache."""
-    kind = type("Serving", (Server,), {"files": {}, "begun": []})
-    serving = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
-    monkeypatch.setattr(glide_hub, "ADDRESS", f"http://127.0.0.1:{serving.server_port}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, factor in (("base", 1), ("upsample", 4)):
-        model = tiny_glide(factor=factor)
-        config = replace(model.text.config, vocab_size=50257, length=128)
-        text = type(model.text)(config)
-        torch.save(model.unet.state_dict() | text.state_dict(), tmp_path / f"{name}.pt")
-        kind.files[f"{name}.pt"] = (tmp_path / f"{name}.pt").read_bytes()
-        preset = GlidePreset(model.unet.config, config, model.schedule, model.resolution, factor)
-        monkeypatch.setitem(GLIDE, name, preset)
-    yield kind
-    serving.shutdown()
-    serving.server_close()
+    with serving() as (kind, address):
+        monkeypatch.setattr(glide_hub, "ADDRESS", address)
+        for name, factor in (("base", 1), ("upsample", 4)):
+            model = tiny_glide(factor=factor)
+            config = replace(model.text.config, vocab_size=50257, length=128)
+            text = type(model.text)(config)
+            torch.save(model.unet.state_dict() | text.state_dict(), tmp_path / f"{name}.pt")
+            kind.files[f"{name}.pt"] = (tmp_path / f"{name}.pt").read_bytes()
+            preset = GlidePreset(model.unet.config, config, model.schedule, model.resolution, factor)
+            monkeypatch.setitem(GLIDE, name, preset)
+        yield kind
 
 
 def files(folder: Path) -> list[str]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.glide import beside
 from models.glide_text import GlideText, GlideTextConfig
+from models.pixels import beside
 from models.renaming import Layout
 from models.unet import UNet, UNetConfig
 from models.weights import Part, assign, on_meta

@@ -18,7 +18,7 @@ import models
 from diffusion import DiffusionError
 from guidance import GuidanceError
 from inversion import Concept, InversionError
-from tests.tiny import tiny_model
+from tests.tiny import tiny_classes, tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
 PROMPTS = ("a photo of a dog", "a Picture, of <new>")
@@ -100,6 +100,14 @@ def test_refusals_leave_nothing(
     with pytest.raises((DiffusionError, GuidanceError, InversionError), match=sentence):
         script.main(script.Config(("a dog",), "model", steps=2, output=Path(paths["output"]), **rest))
     assert sorted(folder.rglob("*")) == before
+
+
+def test_classes_go_by_name_or_number(script: ModuleType, tmp_path: Path) -> None:
+    models.save(tiny_classes(), tmp_path / "x.safetensors")
+    script.main(script.Config(("cat", "1", "owl"), str(tmp_path / "x.safetensors"), steps=2, output=tmp_path / "out"))
+    cat, number, owl = (pixels(tmp_path / "out" / f"{name}-seed0.png") for name in ("00-cat", "01-1", "02-owl"))
+    assert (cat == number).all()
+    assert (cat != owl).any()
 
 
 def test_a_word_that_nobody_learned_is_pointed_out(folder: Path, script: ModuleType) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 import models
 from inversion import Concept, InversionError
 from models import ModelError
-from tests.tiny import tiny_glide, tiny_model
+from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_inversion.py"
 QUICK = {"templates": "emoji", "steps": 4, "batch_size": 4, "learning_rate": 1e-2, "samples": 2}
@@ -245,6 +245,12 @@ def test_an_upsampler_learns_no_word(script: ModuleType, config: Any, tmp_path: 
     with pytest.raises(ModelError, match="is an upsampler, which learns no word"):
         script.main(replace(config, model=str(tmp_path / "upsample.safetensors")))
     assert not config.output.exists()
+
+
+def test_a_model_of_classes_learns_no_word(script: ModuleType, config: Any, tmp_path: Path) -> None:
+    models.save(tiny_classes(), tmp_path / "classes.safetensors")
+    with pytest.raises(ModelError, match="is told classes and reads no words"):
+        script.main(replace(config, model=str(tmp_path / "classes.safetensors")))
 
 
 def test_what_cannot_be_resumed_is_refused(

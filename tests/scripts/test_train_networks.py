@@ -101,7 +101,7 @@ def test_an_interrupted_autoencoder_resumes_bit_for_bit(
 
 
 def test_latents_are_standardised_and_decoding_does_not_notice(data: Path) -> None:
-    module, images = script("train_vae"), script("train_diffusion").read_captioned(data)[0].double()
+    module, images = script("train_vae"), script("_pictures").read_captioned(data)[0].double()
     torch.manual_seed(0)
     vae = module.VAE(module.VAEConfig(3, 4, 32, (1, 1), 1, 1.0)).double()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_an_interrupted_diffusion_model_resumes_bit_for_bit(
 
 def test_what_the_text_transformer_is_taught_tells_captions_apart(data: Path, vae: Path, tmp_path: Path) -> None:
     module = script("train_diffusion")
-    images, rows = module.read_captioned(data)
+    images, rows = script("_pictures").read_captioned(data)
     config = diffusion_config(data, vae, tmp_path / "run", text_steps=60)
     model = module.latent_model(config, [caption for row in rows for caption in row["captions"]], 16)
     captions = module.Captions(model.tokenizer, [row["captions"] for row in rows])
@@ -242,7 +242,7 @@ def test_of_all_saves_the_one_that_knows_held_out_pictures_best_is_written(
 
 def test_held_out_pictures_are_judged_alike_without_their_captions(data: Path, vae: Path, tmp_path: Path) -> None:
     module = script("train_diffusion")
-    images, rows = module.read_captioned(data)
+    images, rows = script("_pictures").read_captioned(data)
     model = module.latent_model(diffusion_config(data, vae, tmp_path), [c for r in rows for c in r["captions"]], 16)
     for weight in model.unet.parameters():
         if not weight.any():            # branches start as silence, in which neither a picture nor a caption is heard
@@ -361,7 +361,7 @@ def test_a_picture_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> N
     whole = (data / "art" / "3.png").read_bytes()
     (tmp_path / "data" / "art" / "3.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(models.ModelError, match=r"3\.png cannot be read as an image"):
-        script("train_diffusion").read_captioned(tmp_path / "data")
+        script("_pictures").read_captioned(tmp_path / "data")
 
 
 def test_what_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path) -> None:
@@ -386,14 +386,14 @@ def test_captions_that_cannot_be_used(tmp_path: Path, lines: list[str] | None, s
     if lines is not None:
         (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     with pytest.raises(models.ModelError, match=said):
-        script("train_diffusion").read_captioned(tmp_path)
+        script("_pictures").read_captioned(tmp_path)
 
 
 def test_captioned_images_of_two_sizes_are_refused(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     Image.new("RGB", (16, 8)).save(tmp_path / "data" / "art" / "3.png")
     with pytest.raises(models.ModelError, match="different heights and widths"):
-        script("train_diffusion").read_captioned(tmp_path / "data")
+        script("_pictures").read_captioned(tmp_path / "data")
 
 
 def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_fidelity_of_a_model_that_was_just_trained(data: Path, vae: Path, tmp_pa
     assert found["captions"] == 4
     assert 0 <= found["top1"] <= found["top5"] <= 1
     training, names, captions = module.read_training_set(tmp_path / "run" / "model")
-    images, rows = script("train_diffusion").read_captioned(data)
+    images, rows = script("_pictures").read_captioned(data)
     mean = script("_untrained").load_vae(vae).encode(images).chunk(2, dim=1)[0]
     # float16 keeps 11 bits of numbers of about one
     torch.testing.assert_close(training, mean, rtol=1e-3, atol=1e-3)

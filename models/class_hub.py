@@ -1,0 +1,72 @@
+"""OpenAI's guided-diffusion files by their names, fetched once, and the embedded classifiers.
+
+A file counts as fetched only when all of its bytes have come and every tensor has the name and shape of the network
+that it should be.
+"""
+
+from pathlib import Path
+
+import torch
+
+from models.class_file import read_class_model, read_classifier
+from models.class_model import ClassModel
+from models.classifier import Classifier, ClassifierConfig
+from models.devices import choose_device
+from models.errors import ModelError
+from models.fetching import cache, fetch
+from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS
+
+ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
+FILES = {
+    "adm-64": "64x64_diffusion", "adm-128": "128x128_diffusion", "adm-256": "256x256_diffusion",
+    "adm-256-uncond": "256x256_diffusion_uncond", "adm-512": "512x512_diffusion",
+    "adm-64-256": "64_256_upsampler", "adm-128-512": "128_512_upsampler",
+}  # fmt: skip
+CLASSIFIERS = {f"adm-{size}": f"{size}x{size}_classifier" for size in ADM_CLASSIFIERS}
+EMOJI = Path(__file__).parent / "data" / "emoji_classes"
+EMBEDDED = {"emoji-classes": EMOJI / "classifier.safetensors", "emoji-classes-judge": EMOJI / "judge.safetensors"}
+
+
+def load_published(name: str, dtype: torch.dtype | str | None, device: torch.device) -> ClassModel:
+    """A model of `FILES`; arguments as in `models.load`.
+
+    Raises ModelError if its file is neither in the cache nor can be fetched, or is not what it should be.
+    """
+    preset = (ADM | ADM_UPSAMPLERS)[name.removeprefix("adm-")]
+    path = _fetched(FILES[name])
+    try:
+        model = read_class_model(path, dtype, device, preset=preset)
+    except ModelError as error:
+        raise ModelError(f"{error}; remove {path} to have it fetched anew") from error
+    model.source = name
+    return model
+
+
+def load_classifier(
+    source: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
+    *, config: ClassifierConfig | None = None,
+) -> Classifier:  # fmt: skip
+    """A classifier of noisy images, frozen, for `guidance.classifier`.
+
+    source: "emoji-classes" and "emoji-classes-judge", which come with the project; "adm-64", "adm-128", "adm-256" or
+    "adm-512", fetched once from OpenAI; or a file of guided-diffusion or of train_classifier.py. dtype, device: as in
+    `models.load`. config: its numbers, for a file in guided-diffusion's form of sizes that were not published, whose
+    tensors do not tell them all.
+
+    Raises ModelError for what is not there or does not fit.
+    """
+    device = choose_device(device)
+    if source not in CLASSIFIERS:
+        if not (path := EMBEDDED.get(source, Path(source))).is_file():
+            known = ", ".join((*EMBEDDED, *CLASSIFIERS))
+            raise ModelError(f"there is no file {source}; the classifiers known by name are: {known}")
+        return read_classifier(path, dtype, device, config)
+    path, config = _fetched(CLASSIFIERS[source]), ADM_CLASSIFIERS[source.removeprefix("adm-")]
+    try:
+        return read_classifier(path, dtype, device, config)
+    except ModelError as error:
+        raise ModelError(f"{error}; remove {path} to have it fetched anew") from error
+
+
+def _fetched(file: str) -> Path:
+    return fetch(f"{ADDRESS}/{file}.pt", cache("guided-diffusion") / f"{file}.pt")

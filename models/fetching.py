@@ -1,0 +1,73 @@
+"""Fetching published files once, into the user's cache: beside their place and renamed, resumed where it broke."""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from models.errors import ModelError
+
+CHUNK = 2**20
+TIMEOUT = 30  # seconds without a byte
+
+
+def cache(folder: str) -> Path:
+    """A folder of fetched files: oneword/<folder> in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oneword" / folder
+
+
+def fetch_all(places: Mapping[str, Path]) -> list[Path]:
+    """The files of several addresses. Raises ModelError as `fetch`, with the addresses of all that are missing."""
+    try:
+        return [fetch(url, path) for url, path in places.items()]
+    except ModelError as error:
+        missing = [url for url, path in places.items() if not path.is_file()]
+        raise ModelError(f"{error} (needed in all: {', '.join(missing)})") from error
+
+
+def fetch(url: str, path: Path) -> Path:
+    """The file at `path`, downloaded if it is not there yet; with a progress bar.
+
+    Raises ModelError, with the address, if that fails; what has come is kept, and the next call goes on from there.
+    """
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    try:
+        _download(url, beside)
+    except OSError as error:  # urllib's errors among them
+        raise ModelError(
+            f"{path.name} is not in the cache and {url} cannot be fetched ({getattr(error, 'reason', error)}): connect "
+            f"to the network and try again, or put the file at {path}"
+        ) from error
+    os.replace(beside, path)
+    return path
+
+
+def _download(url: str, beside: Path) -> None:
+    """Append what is missing of a file. Raises OSError if the connection ends before the file does."""
+    from tqdm import tqdm
+
+    have = beside.stat().st_size if beside.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            beside.unlink()  # it is as long as the file or longer, and was not renamed: begin again
+            return _download(url, beside)
+        raise
+    with answer:
+        have = have if answer.status == HTTPStatus.PARTIAL_CONTENT else 0
+        total = have + int(answer.headers["Content-Length"])
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=beside.stem)
+        with open(beside, "ab" if have else "wb") as file, bar:
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if (found := beside.stat().st_size) != total:
+        raise OSError(f"the connection ended after {found} of {total} bytes")
+    return None

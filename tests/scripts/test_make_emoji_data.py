@@ -1,0 +1,29 @@
+"""The folders of classes that `make_emoji_data.py` writes: by subcategory, held out by concept."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from tests.scripts.test_train_networks import script
+
+
+def test_a_held_out_concept_is_held_out_in_every_style(tmp_path: Path) -> None:
+    """Every sixth of a class by its name, and those of held_out.txt; what is in no class is left out."""
+    module, found = script("make_emoji_data"), []
+    Image.new("RGBA", (72, 72)).save(tmp_path / "x.png")
+    names = {"heart": list("abcdefgh"), "animal-mammal": ["cat", "dog"], "arrow": ["up"]}
+    for kind, several in names.items():
+        for name in several:
+            (tmp_path / f"{name}.png").write_bytes((tmp_path / "x.png").read_bytes())
+            found += [(style, name, {"subcategory": kind}, tmp_path / f"{name}.png") for style in ("noto", "twemoji")]
+    found.append(("noto", "cat", {}, tmp_path / "x.png"))                  # a variation of skin colour has no entry
+    module.write_classes(found, module.Config(tmp_path, tmp_path / "out", size=32), {"dog"})
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    styles = ("noto", "twemoji")
+    expected = {f"classes/heart/{style}-{name}.png" for style in styles for name in "abcdegh"}
+    expected |= {f"classes/mammal/{style}-cat.png" for style in styles}
+    held_out = ("heart/{}-f.png", "mammal/{}-dog.png")
+    expected |= {f"classes_held_out/{file.format(style)}" for style in styles for file in held_out}
+    assert written == expected
+    assert Image.open(tmp_path / "out/classes/heart/noto-a.png").size == (32, 32)
+    assert Image.open(tmp_path / "out/classes/heart/noto-a.png").getpixel((0, 0)) == (255, 255, 255)
