@@ -296,3 +296,64 @@ def test_the_shipped_example_is_there(script: ModuleType) -> None:
     files = script.find_images(script.Config().images)
     assert 3 <= len(files) <= 6
     assert script.read_images(files, 64).shape == (len(files), 3, 64, 64)
+
+
+# --- memory
+
+
+def test_a_plan_is_printed_and_nothing_else_happens(script: ModuleType, config: Any, capsys: Any) -> None:
+    script.main(replace(config, plan=True, device="cuda", dtype="float16", attention="fused", memory_budget="1GiB"))
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.endswith("16x16 pixels, batch 4, on cuda: the peak of a training")
+    assert head.split()[:5] == ["dtype", "checkpointing", "attention", "offload", "peak"]
+    found = [tuple(row.split()[:4]) for row in rows]
+    expected = [(level, offload) for level in ("none", "attention", "blocks") for offload in ("none", "idle")]
+    assert found == [("float16", level, "fused", offload) for level, offload in (*expected, ("blocks", "stream"))]
+    assert [row.split("  ")[-1].strip() for row in rows].count("<- fastest that fits") == 1
+    assert not config.output.exists()
+
+
+def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
+    script: ModuleType, config: Any, capsys: Any
+) -> None:
+    given = replace(config, dtype="float32", attention="fused", device="cpu", steps=2, samples=0, batch_size=16)
+    shell, side, batch = script.planning(given)
+    settings = script.inversion.settings_for(torch.device("cpu"), dtype=torch.float32, attention="fused")
+    none, attention, blocks = (each.peak for each in script.inversion.plan(shell, side, batch, "cpu", settings))
+    assert none > attention > blocks
+    script.main(replace(given, memory_budget=f"{none - 1}B"))
+    assert "float32, checkpointing attention, attention fused, offload none" in capsys.readouterr().out.splitlines()[0]
+    assert json.loads((config.output / "run.json").read_text())["checkpointing"] == "attention"
+    script.main(script.Config(resume=config.output, checkpointing="blocks"))       # cheaper, after a shortage
+    assert json.loads((config.output / "run.json").read_text())["checkpointing"] == "blocks"
+    with pytest.raises(InversionError, match="are too small for every setting: the smallest, float32, checkpointing"):
+        script.main(replace(given, memory_budget="1KiB", output=config.output / "other"))
+    assert not (config.output / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ({"memory_budget": "6"}, InversionError, "'6' is no size of memory"),
+        ({"memory_budget": "0GiB"}, InversionError, "no memory at all"),
+        ({"memory_budget": "6", "plan": True}, InversionError, "'6' is no size of memory"),
+        ({"offload": "stream", "checkpointing": "none"}, ModelError, "needs checkpointing blocks, not none"),
+        ({"offload": "stream", "checkpointing": "none", "plan": True}, ModelError, "needs checkpointing blocks"),
+    ],
+)
+def test_what_no_memory_can_be_is_refused(
+    script: ModuleType, config: Any, flags: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        script.main(replace(config, **flags))
+    assert not config.output.exists()
+
+
+def test_every_way_to_run_learns_the_same(script: ModuleType, config: Any) -> None:
+    found = []
+    ways = ({}, {"checkpointing": "blocks"}, {"offload": "idle"}, {"offload": "stream"}, {"attention": "sliced"})
+    for i, flags in enumerate(ways):
+        script.main(replace(config, samples=0, device="cpu", output=config.output / str(i), **flags))
+        found.append(Concept.load(config.output / str(i) / "frida.safetensors").vectors)
+    assert all(torch.equal(vectors, found[0]) for vectors in found[:4])
+    assert torch.allclose(found[4], found[0], rtol=0, atol=1e-3)       # a tenth of a step: Adam divides by rounding

@@ -1,0 +1,72 @@
+"""A device that runs out of memory in the middle: the vectors so far are kept, and what would need less is named."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from inversion import InversionError
+from inversion.exhaustion import is_out_of_memory
+from inversion.trainer import state_file
+from models import LatentModel
+from tests.inversion.test_training import FAST, learn, same
+from tests.tiny import tiny_model
+
+SAID = "CUDA out of memory. Tried to allocate 20.00 MiB"
+FORMS = [
+    torch.OutOfMemoryError(SAID), RuntimeError(SAID), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]  # fmt: skip
+
+
+def exhausted(at: int, error: Exception) -> LatentModel:
+    """A tiny model whose call number `at` of the UNet finds no memory."""
+    model, calls = tiny_model(), []
+    answer = model.unet.forward
+
+    def forward(*args: Any, **how: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) == at:
+            raise error
+        return answer(*args, **how)
+
+    model.unet.forward = forward
+    return model
+
+
+def test_other_errors_are_no_exhaustion() -> None:
+    assert all(map(is_out_of_memory, FORMS))
+    assert not any(map(is_out_of_memory, [RuntimeError("shapes do not match"), ValueError(SAID), KeyError("x")]))
+
+
+@pytest.mark.parametrize("error", FORMS, ids=lambda error: type(error).__name__)
+def test_the_vectors_are_saved_and_the_next_cheaper_setting_is_named(tmp_path: Path, error: Exception) -> None:
+    file = tmp_path / "x.safetensors"
+    message = (
+        "cpu ran out of memory with float32, checkpointing none, attention auto, offload none: the next cheaper "
+        "setting is checkpointing attention, offload none; the vectors so far are saved"
+    )
+    with pytest.raises(InversionError, match=message) as raised:
+        learn(exhausted(8, error), file=file)
+    assert raised.value.__cause__ is error
+    assert state_file(file).exists()
+    cheaper = tiny_model()
+    cheaper.checkpointing = "attention"
+    same(learn(cheaper, file=file, resume=True), learn(tiny_model()))
+
+
+def test_where_nothing_is_cheaper_it_says_so() -> None:
+    model = exhausted(5, MemoryError())
+    model.checkpointing = "blocks"
+    with pytest.raises(InversionError, match="nothing needs less but a smaller resolution or batch$"):
+        learn(model, replace(FAST, steps=4))
+
+
+def test_before_the_first_step_nothing_is_there_to_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(InversionError, match="offload none$"):
+        learn(exhausted(1, MemoryError()), file=tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
