@@ -7,13 +7,13 @@ or lets go are followed without knowing anything of the networks. Sizes are all 
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
         self.peak = max(self.peak, self.live + self.workspace(func, args))
-        count = FLOPS.get(func._overloadpacket)
+        count = flop_formulas().get(func._overloadpacket)
         if count is not None:
             self.flops += self.times * count(*args, **(kwargs or {}), out_val=out)
         return out
@@ -72,22 +72,27 @@ class LiveMemory(TorchDispatchMode):
         del self._seen[key]
 
 
-def _attention(q: Any, k: Any, v: Any, *more: Any, out_val: Any = None, **named: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
+@cache
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """torch's, and those that it lacks, of attention on a CPU. Imported when needed: they bring half of torch along."""
+    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+    def forward(q: Any, k: Any, v: Any, *more: Any, **named: Any) -> int:
+        return sdpa_flop_count(q.shape, k.shape, v.shape)
 
-def _attention_backward(d_out: Any, q: Any, k: Any, v: Any, *more: Any, out_val: Any = None, **named: Any) -> int:
-    return sdpa_backward_flop_count(d_out.shape, q.shape, k.shape, v.shape)
+    def backward(d_out: Any, q: Any, k: Any, v: Any, *more: Any, **named: Any) -> int:
+        return sdpa_backward_flop_count(d_out.shape, q.shape, k.shape, v.shape)
+
+    lacking = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return {**flop_registry, **lacking}
 
 
 FUSED_BACKWARD = (
     aten._scaled_dot_product_efficient_attention_backward, aten._scaled_dot_product_flash_attention_backward
 )  # fmt: skip
-FLOPS = {
-    **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 def cpu_workspace(operation: Any, arguments: tuple[Any, ...]) -> int:

@@ -22,7 +22,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion import Schedule
 from inversion.errors import InversionError
@@ -89,7 +88,8 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
     """The settings that make sense on a device, of dtypes and kernels the faster first.
 
     fixed: fields of a Setting that are given. bfloat16 on a GPU takes what float16 takes. On a CPU the device is the
-    memory that the weights lie in anyway: offload gains nothing there.
+    memory that the weights lie in anyway: offload gains nothing there. Raises ModelError as `Setting`, if what is given
+    does not go together.
     """
     if device.type == "cpu":
         dtypes, offloads = [torch.float32, torch.bfloat16], ["none"]
@@ -98,11 +98,13 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
         dtypes, offloads = [torch.float16, torch.float32], ["none", "idle", "stream"]
     axes = {"dtype": dtypes, "checkpointing": ["none", "attention", "blocks"], "offload": offloads}
     axes |= {name: [value] for name, value in fixed.items() if value is not None and name != "attention"}
-    found = []
+    found, both = [], bool(fixed.get("offload") and fixed.get("checkpointing"))
     for dtype, checkpointing, offload in itertools.product(*axes.values()):
+        if fixed.get("offload") == "stream" and "checkpointing" in fixed:
+            Setting(dtype, checkpointing, offload=offload)          # says what does not go together
         fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if device.type == "cpu" else META))
         for kind in [fixed["attention"]] if fixed.get("attention") else sorted(("fused", "sliced"), key=fast.__ne__):
-            if offload != "stream" or checkpointing == "blocks":
+            if offload != "stream" or checkpointing == "blocks" or both:
                 found.append(Setting(dtype, checkpointing, kind, offload))
     return found
 
@@ -125,6 +127,8 @@ def fastest(planned: Sequence[Planned], budget: int) -> Planned:
 
 def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, batch_size: int) -> Planned:
     """The peak of encoding an image and of a step, and what the step computes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # which brings half of torch along
+
     on_cpu = device.type == "cpu"
     where, fake = (CPU, FakeTensorMode(allow_non_fake_inputs=True)) if on_cpu else (META, nullcontext())
     memory = LiveMemory(where.type, *((cpu_workspace, 1) if on_cpu else (cuda_workspace, CUDA_BLOCK)))

@@ -23,8 +23,6 @@ FILES = {
     "adm-64-256": "64_256_upsampler", "adm-128-512": "128_512_upsampler",
 }  # fmt: skip
 CLASSIFIERS = {f"adm-{size}": f"{size}x{size}_classifier" for size in ADM_CLASSIFIERS}
-EMOJI = Path(__file__).parent / "data" / "emoji_classes"
-EMBEDDED = {"emoji-classes": EMOJI / "classifier.safetensors", "emoji-classes-judge": EMOJI / "judge.safetensors"}
 
 
 def load_published(name: str, dtype: torch.dtype | str | None, device: torch.device) -> ClassModel:
@@ -48,17 +46,16 @@ def load_classifier(
 ) -> Classifier:  # fmt: skip
     """A classifier of noisy images, frozen, for `guidance.classifier`.
 
-    source: "emoji-classes" and "emoji-classes-judge", which come with the project; "adm-64", "adm-128", "adm-256" or
-    "adm-512", fetched once from OpenAI; or a file of guided-diffusion or of train_classifier.py. dtype, device: as in
-    `models.load`. config: its numbers, for a file in guided-diffusion's form of sizes that were not published, whose
+    source: "adm-64", "adm-128", "adm-256" or "adm-512", fetched once from OpenAI; or a file of guided-diffusion or of
+    train_classifier.py. dtype, device: as in `models.load`. config: its numbers, for a file in guided-diffusion's form of sizes that were not published, whose
     tensors do not tell them all.
 
     Raises ModelError for what is not there or does not fit.
     """
     device = choose_device(device)
     if source not in CLASSIFIERS:
-        if not (path := EMBEDDED.get(source, Path(source))).is_file():
-            known = ", ".join((*EMBEDDED, *CLASSIFIERS))
+        if not (path := Path(source)).is_file():
+            known = ", ".join(CLASSIFIERS)
             raise ModelError(f"there is no file {source}; the classifiers known by name are: {known}")
         return read_classifier(path, dtype, device, config)
     path, config = _fetched(CLASSIFIERS[source]), ADM_CLASSIFIERS[source.removeprefix("adm-")]

@@ -94,7 +94,7 @@ def followed(model: Any, setting: Setting, batch_size: int) -> LiveMemory:
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_glide])
-@pytest.mark.parametrize(("checkpointing", "attention"), zip(LEVELS, ("fused", "sliced", "fused")))
+@pytest.mark.parametrize(("checkpointing", "attention"), list(zip(LEVELS, ("fused", "sliced", "fused"))))
 def test_a_plan_is_what_a_real_step_takes(make: Any, checkpointing: Any, attention: Any) -> None:
     setting = Setting(torch.float32, checkpointing, attention)
     (planned,) = plan(make(), None, 6, "cpu", [setting])
