@@ -61,16 +61,28 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     """The group norm of x (B, C, h, w) in x's dtype, and each group's mean and 1 / sqrt(var + eps), (B, groups)."""
     if x.device.type != "cpu" or x.is_contiguous():
         return torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x[0, 0].numel(), groups, eps)
+    mean, var = statistics(x, groups)
+    first_of_group = slice(None, None, x.shape[1] // groups)
+    y = normed(x, mean, var, weight, bias, eps)
+    return y, mean[:, first_of_group], (var[:, first_of_group] + eps).rsqrt()
+
+
+def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the group of each channel, (B, C) in at least float32. x: (B, C, h, w), on a CPU."""
     wide = torch.promote_types(x.dtype, torch.float32)
     moments = zip(*(_moments(one, wide) for one in x.split(1)))
     means, variances = (torch.stack(several).unflatten(1, (groups, -1)) for several in moments)     # (B, groups, C/g)
     mean = means.mean(dim=2, keepdim=True)                                                     # (B, groups, 1)
     var = (variances + (means - mean).square()).mean(dim=2, keepdim=True)
-    of_channels = (s.expand_as(means).flatten(1) for s in (mean, var))                         # (B, C) each
-    y, weight, bias = torch.empty_like(x), weight.to(wide), bias.to(wide)
-    for one, out, m, v in zip(x.split(1), y.split(1), *of_channels):
-        torch.native_batch_norm(one, weight, bias, m, v, False, 0.0, eps, out=(out, m.new_empty(0), m.new_empty(0)))
-    return y, mean.squeeze(2), (var + eps).rsqrt().squeeze(2)
+    return mean.expand_as(means).flatten(1), var.expand_as(means).flatten(1)
+
+
+def normed(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias. x: (B, C, h, w), on a CPU; mean, var: those of `statistics`."""
+    y, weight, bias, unused = torch.empty_like(x), weight.to(mean), bias.to(mean), mean.new_empty(0)
+    for one, out, m, v in zip(x.split(1), y.split(1), mean, var):
+        torch.native_batch_norm(one, weight, bias, m, v, False, 0.0, eps, out=(out, unused, unused))
+    return y
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import frozen
+from models import bands, frozen
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
 from models.group_norm import frozen_group_norm
@@ -103,6 +103,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return frozen.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
+def norm_conv(norm: NormSiLU, conv: Conv2d, x: Tensor, in_place: bool = False) -> Tensor:
+    """conv(norm(x)), of a 3x3 convolution. in_place: nobody needs x any more, which has the shape of the answer."""
+    if not goes_in_bands(conv, x):
+        return conv(norm(x))
+    affine, kernel = (norm.weight, norm.bias), (conv.weight, conv.bias)
+    return bands.norm_silu_conv(x, affine, norm.num_groups, norm.eps, kernel, in_place)
+
+
+def plus_conv(h: Tensor, conv: Conv2d, x: Tensor) -> Tensor:
+    """h + conv(x), of a 1x1 convolution, in the memory of h, which nobody else may read."""
+    if goes_in_bands(conv, x):
+        return bands.plus_pointwise(h, x, conv.weight, conv.bias)
+    return plus(h, conv(x))
+
+
+def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
+    """Whether a frozen layer is asked for a large map and no gradient."""
+    return bands.is_large(x) and not (trains(conv) or torch.is_grad_enabled() and x.requires_grad)
+
+
 def trains(layer: nn.Module) -> bool:
     """Whether the layer's own weights learn: then it does what autograd itself would."""
     return any(weight.requires_grad for weight in layer.parameters(recurse=False))
@@ -167,4 +187,6 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
+        if goes_in_bands(self.conv, x):
+            return bands.doubled_conv(x, self.conv.weight, self.conv.bias)
         return self.conv(twice(x))

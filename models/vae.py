@@ -9,6 +9,7 @@ Parameter names are those of CompVis/stable-diffusion @ 21f890f (`first_stage_mo
 Source: Kingma & Welling 2013; Esser et al. 2021; Rombach et al. 2022.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attend import attend, by_head
-from models.layers import Conv2d, GroupNorm, NormSiLU, Upsample, conv3x3, map_of, plus, tokens_of
+from models.layers import Conv2d, GroupNorm, NormSiLU, Upsample, conv3x3, map_of, norm_conv, plus, plus_conv, tokens_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
-        return plus(h, self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h = norm_conv(self.norm1, self.conv1, x)
+        h = norm_conv(self.norm2, self.conv2, h, in_place=True)
+        if not hasattr(self, "nin_shortcut"):
+            return plus(h, x)
+        return plus_conv(h, self.nin_shortcut, x)
 
 
 class AttentionBlock(nn.Module):
@@ -84,19 +87,20 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, and perhaps a change of resolution after them."""
+    """Residual blocks at one resolution, and perhaps a change of resolution after them.
+
+    Whoever iterates over them lets each map go as soon as the next is there.
+    """
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self.block
         for resample in ("downsample", "upsample"):
             if hasattr(self, resample):
-                x = getattr(self, resample)(x)
-        return x
+                yield getattr(self, resample)
 
 
 class Middle(nn.Module):
@@ -132,7 +136,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            for layer in level:
+                h = layer(h)
         return self.conv_out(self.norm_out(self.mid(h)))
 
 
@@ -157,8 +162,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(self.norm_out(h))
+            for layer in level:
+                h = layer(h)
+        return norm_conv(self.norm_out, self.conv_out, h)
 
 
 class VAE(nn.Module):
