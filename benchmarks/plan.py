@@ -4,7 +4,8 @@
 
 Each setting runs in a process of its own: networks of random weights on the CPU, the image encoded, the VAE let go, the
 start measured, one step taken. Measured is the largest resident size meanwhile above what the process held before it
-had any weights; predicted is `inversion.plan`. Then what is predicted for a CUDA device, which need not be there.
+had any weights and after a tiny model had done all this: the program's own code is not the model's. Predicted is
+`inversion.plan`. Then what is predicted for a CUDA device, which need not be there.
 
 JSON: rows of `work`, `dtype`, `resolution`, `mode` ("low_memory" with checkpointing blocks), `checkpointing`,
 `attention`, `offload`, `predicted_bytes`, `measured_bytes` and `ratio_bytes`, their quotient; null where nothing was
@@ -49,9 +50,9 @@ def status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def of_random_weights(dtype: torch.dtype) -> LatentModel:
-    """The model, frozen, every weight in memory: matrices of the inverse fan-in's variance, a block over and over."""
-    model = outline(MODEL)
+def of_random_weights(name: str, dtype: torch.dtype) -> LatentModel:
+    """A preset's model, frozen, every weight in memory: matrices of the inverse fan-in's variance, a block repeated."""
+    model = outline(name)
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
     for network in (model.unet, model.vae, model.text):
         for part in network.modules():
@@ -67,16 +68,21 @@ def of_random_weights(dtype: torch.dtype) -> LatentModel:
 
 def measure(side: int, setting: Setting) -> int:
     """The peak of a training's preparation and first step, in this process."""
-    nn.functional.conv2d(torch.ones(1, 8, 8, 8), torch.ones(8, 8, 3, 3))      # oneDNN's own memory is not the model's
+    train("tiny", 32, setting)
     before = status("VmRSS")
-    model = of_random_weights(setting.dtype)
+    train(MODEL, side, setting)
+    return status("VmHWM") - before
+
+
+def train(name: str, side: int, setting: Setting) -> None:
+    """Encode an image, and take a step."""
+    model = of_random_weights(name, setting.dtype)
     model.checkpointing, model.attention = setting.checkpointing, setting.attention
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     config = TrainConfig(steps=1, batch_size=1, accumulation=1, validation_pairs=1)
     training = Training(model, Concept.from_text(model, WORD, "dog"), image, [["a photo of {}"]], config)
     for _ in training.steps():
         pass
-    return status("VmHWM") - before
 
 
 def row(side: int, setting: Setting, predicted: int, measured: int | None) -> dict[str, Any]:

@@ -314,13 +314,15 @@ def test_a_plan_is_printed_and_nothing_else_happens(script: ModuleType, config: 
 
 
 def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
-    script: ModuleType, config: Any, capsys: Any
+    script: ModuleType, config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = replace(config, dtype="float32", attention="fused", device="cpu", steps=2, samples=0, batch_size=16)
-    shell, side, batch = script.planning(given)
+    given = replace(config, dtype="float32", attention="fused", device="cpu", steps=2, samples=0, batch_size=8)
     settings = script.inversion.settings_for(torch.device("cpu"), dtype=torch.float32, attention="fused")
-    none, attention, blocks = (each.peak for each in script.inversion.plan(shell, side, batch, "cpu", settings))
+    planned = script.inversion.plan(*script.planning(given), "cpu", settings)
+    none, attention, blocks = (each.peak for each in planned)
     assert none > attention > blocks
+    asked: list[Any] = []
+    monkeypatch.setattr(script.inversion, "plan", lambda *what: asked.append(what) or planned)     # once is enough
     script.main(replace(given, memory_budget=f"{none - 1}B"))
     assert "float32, checkpointing attention, attention fused, offload none" in capsys.readouterr().out.splitlines()[0]
     assert json.loads((config.output / "run.json").read_text())["checkpointing"] == "attention"
@@ -329,6 +331,7 @@ def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
     with pytest.raises(InversionError, match="are too small for every setting: the smallest, float32, checkpointing"):
         script.main(replace(given, memory_budget="1KiB", output=config.output / "other"))
     assert not (config.output / "other").exists()
+    assert [(side, batch, device.type, rest) for _, side, batch, device, rest in asked] == [(16, 8, "cpu", settings)] * 2
 
 
 @pytest.mark.parametrize(
