@@ -47,8 +47,8 @@ def load_classifier(
     """A classifier of noisy images, frozen, for `guidance.classifier`.
 
     source: "adm-64", "adm-128", "adm-256" or "adm-512", fetched once from OpenAI; or a file of guided-diffusion or of
-    train_classifier.py. dtype, device: as in `models.load`. config: its numbers, for a file in guided-diffusion's form of sizes that were not published, whose
-    tensors do not tell them all.
+    train_classifier.py. dtype, device: as in `models.load`. config: its numbers, for a file in guided-diffusion's form
+    of sizes that were not published, whose tensors do not tell them all.
 
     Raises ModelError for what is not there or does not fit.
     """

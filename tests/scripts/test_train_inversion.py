@@ -331,7 +331,8 @@ def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
     with pytest.raises(InversionError, match="are too small for every setting: the smallest, float32, checkpointing"):
         script.main(replace(given, memory_budget="1KiB", output=config.output / "other"))
     assert not (config.output / "other").exists()
-    assert [(side, batch, device.type, rest) for _, side, batch, device, rest in asked] == [(16, 8, "cpu", settings)] * 2
+    wanted = [(16, 8, "cpu", settings)] * 2
+    assert [(side, batch, device.type, rest) for _, side, batch, device, rest in asked] == wanted
 
 
 @pytest.mark.parametrize(
