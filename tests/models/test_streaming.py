@@ -130,6 +130,16 @@ def test_what_forward_keeps_is_no_weight() -> None:
         assert any(x.untyped_storage().data_ptr() in theirs for x in kept) == expected
 
 
+def test_a_visitor_s_weights_are_not_kept() -> None:
+    """Of the text transformer the graph holds the ids and the word's vectors until it comes again."""
+    model, kept = tiny_model(), []
+    place(model, IDLE, CPU)
+    vectors = torch.ones(2, model.width).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model.encode_text(model.tokenizer.encode(["a photo of <x>"], {"<x>": 2}), vectors)
+    assert [x.shape for x in kept] == [(1, model.tokenizer.length), (2, model.width)]
+
+
 def test_weights_stay_the_map_of_their_file(path: Path) -> None:
     model = models.load(path, "bfloat16", "cpu", **STREAMED)
     before = {name: p.data_ptr() for layer in model.unet.layers() for name, p in layer.named_parameters()}
