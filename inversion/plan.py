@@ -32,9 +32,10 @@ from inversion.sizes import size
 from models import Setting, outline
 from models import sliced_attention as slices
 from models.attend import best_kind
+from models.processor import cpu_has_bfloat16
 from models.setting import place
 from models.streaming import CopyAtOnce, parameters_of
-from models.weights import cpu_has_bfloat16, on_meta
+from models.weights import on_meta
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CUBLAS = 8_519_680      # bytes that its workspace takes (CUDA's documentation, cublasSetWorkspace: 2 x 4 MiB and more)

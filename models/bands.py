@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.frozen import channels_last
 from models.group_norm import normed, statistics
 
 BAND_BYTES = 4 * 2**20
@@ -72,6 +71,11 @@ def plus_pointwise(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     for first, last in _bands(x):
         h[:, :, first:last] += F.conv2d(x[:, :, first:last], weight, bias)
     return h
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, h, w), with the channels of a position side by side in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from models import bands, frozen
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
 from models.group_norm import frozen_group_norm
+from models.processor import matrix_products_are_fast
 from models.streaming import Window
 
 
@@ -92,12 +93,11 @@ class Pointwise(nn.Conv1d):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer, in float32 on a CPU with frozen weights as the 1x1 convolution that it is, of an image of tokens.
-
-    That is the same sum, and was found to run at 376 GFLOP/s where the linear layer's kernel reaches 199 (two cores,
-    torch 2.13); bfloat16 gains nothing by it.
+    """A linear layer; in float32 with frozen weights as the 1x1 convolution that it is, of an image of tokens, on a
+    CPU whose matrix products are slower than that. It is the same sum.
     """
-    if weight.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+    as_it_is = weight.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu"
+    if as_it_is or matrix_products_are_fast():
         return F.linear(x, weight, bias)
     image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                               # (1, C_in, tokens, 1)
     return frozen.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from models.errors import ModelError
 from models.files import Weights
+from models.processor import cpu_has_bfloat16
 from models.renaming import Layout, Stored, stored
 
 AT_ONCE = 256 * 2**20
@@ -147,12 +148,6 @@ def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: t
         instead = "bfloat16, which this processor has" if cpu_has_bfloat16() else "float32"
         raise ModelError(f"float16 on a CPU runs hundreds of times slower than float32: use {instead}")
     return wanted
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16 itself (AVX512-BF16, AMX, or the same on ARM)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _batches(entries: Iterable[Stored]) -> Iterator[list[Stored]]:

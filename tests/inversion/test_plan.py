@@ -181,7 +181,8 @@ def test_the_table_marks_what_the_budget_allows() -> None:
     assert "fits" not in table(planned, 1)
 
 
-def test_settings_come_with_the_faster_first() -> None:
+def test_settings_come_with_the_faster_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.processor.capabilities", lambda: {"avx512_bf16": True})
     cuda, cpu = settings_for(torch.device("cuda")), settings_for(CPU)
     assert cuda[0] == Setting(torch.float16, "none", "fused", "none")
     assert {each.offload for each in cpu} == {"none"}

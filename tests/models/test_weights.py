@@ -15,7 +15,6 @@ from models.weights import (
     Part,
     best_layout,
     choose_dtype,
-    cpu_has_bfloat16,
     fill,
     gather,
     on_meta,
@@ -162,9 +161,6 @@ class TestDtype:
     def test_others_are_refused(self, wanted: object) -> None:
         with pytest.raises(ModelError, match="'auto'"):
             choose_dtype(wanted, torch.float32, CPU)
-
-    def test_this_processor_answers(self) -> None:
-        assert isinstance(cpu_has_bfloat16(), bool)
 
 
 def test_a_written_file_has_the_permissions_of_other_files(tmp_path: Path) -> None:

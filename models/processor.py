@@ -1,0 +1,36 @@
+"""What the processor at hand is good at. Decided by what it is, never by a stopwatch: a run repeats itself.
+
+Measured on two cores each: of one kind of machine without, of another with AMX and Intel's own matrix products.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def capabilities() -> dict[str, Any]:
+    """What torch says of the CPU: names of instruction sets and whether it has them, and "cpu_name"."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether it multiplies in bfloat16 itself (AVX512-BF16, AMX, or the same on ARM)."""
+    return any(capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def fused_attention_has_bfloat16() -> bool:
+    """Whether torch's fused attention multiplies in bfloat16: it does so on AMX's tiles and in float32 elsewhere.
+
+    2x8 heads, 4096 tokens, 40 channels: 0.09 s with AMX, where slices take 0.23 s; 0.26 s without, and slices 0.11 s.
+    """
+    return bool(capabilities().get("amx_tile", False))
+
+
+def matrix_products_are_fast() -> bool:
+    """Whether torch's float32 products (MKL's) reach the speed of its convolutions (oneDNN's): on Intel's processors.
+
+    There both run at 375 GFLOP/s; on another maker's the products ran at 199 and the convolutions at 376.
+    """
+    return "Intel" in str(capabilities().get("cpu_name", ""))

@@ -1,0 +1,45 @@
+"""A convolution as one matrix product: for weights that are far larger than the map they are laid over.
+
+    y[l, o] = sum over c, i, j of x[l + (i, j), c] w[o, c, i, j]   =   patches(x) @ w^T,   w as (C_out, C_in k k)
+
+A convolution's kernel brings the weight into an order of its own at every call; at the bottom of a UNet, 1280 channels
+wide and 8x8 small, that takes most of its time, and as much memory as the weight. The product reads the weight as it
+lies, in a file's memory map too. (Chellapilla et al. 2006, "im2col".) Measured on two cores, 2560 to 1280 channels of
+8x8 in float32: 93 to 31 ms forward, 83 to 18 ms backward; from 32x32 on the copies of the patches cost more.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+SMALLER = 8     # a map is small if the weight has more than so many times its numbers
+
+
+def is_small(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
+    """Whether a convolution of a map x (B, C, h, w) is better made here. Its size has to stay."""
+    k = weight.shape[2]
+    same = weight.shape[3] == k and stride == (1, 1) and padding == (k // 2, k // 2) and k % 2 == 1
+    return same and x.device.type == "cpu" and weight.numel() > SMALLER * x.numel()
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: (B, C_in, h, w), weight: (C_out, C_in, k, k). Returns (B, C_out, h, w), channels-last."""
+    k, size = weight.shape[2], x.shape[2:]
+    windows = F.pad(x, 4 * (k // 2,)).unfold(2, k, 1).unfold(3, k, 1)                          # (B, C_in, h, w, k, k)
+    patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].numel())                 # (B h w, C_in k k)
+    return F.linear(patches, weight.flatten(1), bias).unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
+
+
+def gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """Of `convolved` by x. dy: (B, C_out, h, w). Returns (B, C_in, h, w), channels-last; summed in float32."""
+    k, (height, width) = weight.shape[2], dy.shape[2:]
+    patches = dy.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ weight.flatten(1)              # (B h w, C_in k k)
+    patches = patches.view(-1, height, width, *weight.shape[1:])
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx = dy.new_zeros(len(dy), height + k - 1, width + k - 1, weight.shape[1], dtype=wide)
+    for i in range(k):
+        for j in range(k):
+            dx[:, i : i + height, j : j + width] += patches[..., i, j]
+    edge = k // 2
+    return dx[:, edge : edge + height, edge : edge + width].permute(0, 3, 1, 2).to(dy.dtype)
