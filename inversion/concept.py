@@ -89,7 +89,13 @@ class Concept:
                 f"{path} holds {len(words)} words ({listed}): say which one, by placeholder="
             )
         vectors = words[placeholder] if placeholder in words else next(iter(words.values()))
-        concept = cls(placeholder or next(iter(words)), vectors, metadata)
+        name = placeholder or next(iter(words))
+        if name.split() != [name]:
+            raise InversionError(
+                f"{path} calls its word {name!r}, which cannot stand in a prompt: give it another name, by "
+                "placeholder= or, on the command line, WORD=FILE"
+            )
+        concept = cls(name, vectors, metadata)
         if width is not None:
             concept.require_fit(width, family, str(path))
         return concept
@@ -117,7 +123,9 @@ class Concept:
 def require_new_word(tokenizer: Any, placeholder: str) -> None:
     """Raise InversionError if the placeholder is one existing token."""
     if tokenizer.is_word(placeholder):
+        inside = f"<{placeholder.strip('<|>')}>"
+        other = inside if not tokenizer.is_word(inside) else "<frida>"
         raise InversionError(
-            f"{placeholder!r} is already a word of the tokenizer and would lose its meaning: "
-            f"use a new one, such as '<{placeholder.strip('<>')}>'"
+            f"{placeholder!r} is already a word of the tokenizer and would lose its meaning: use a new one, such as "
+            f"{other!r}"
         )

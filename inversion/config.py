@@ -40,12 +40,16 @@ class TrainConfig:
             "validation_pairs",
             "checkpoint_every",
         )
+        for name in (*whole, "warmup", "seed", *(() if self.patience is None else ("patience",))):
+            if type(getattr(self, name)) is not int:
+                raise InversionError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         for name in whole:
             if getattr(self, name) < 1:
                 raise InversionError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InversionError(f"{name} must be a number above 0, not {getattr(self, name)}")
+            number = getattr(self, name)
+            if type(number) not in (int, float) or not (math.isfinite(number) and number > 0):
+                raise InversionError(f"{name} must be a number above 0, not {number!r}")
         if self.warmup < 0 or (self.patience is not None and self.patience < 1):
             raise InversionError("warmup must not be negative, and patience must be at least 1")
         if not 0 <= self.seed < 2**32:

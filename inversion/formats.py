@@ -95,7 +95,10 @@ def _named(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             "use a file made for Stable Diffusion 1.x or 2.x"
         )
     if "string_to_param" in content:
-        params = dict(content["string_to_param"].items())
+        params = content["string_to_param"]
+        if not isinstance(params, Mapping | torch.nn.ParameterDict) or not len(params):
+            raise InversionError(f"{path} is no embedding file: its string_to_param holds no vectors by name")
+        params = dict(params.items())
         name = content.get("name")
         if len(params) == 1:
             params = {name if isinstance(name, str) and name else path.stem: next(iter(params.values()))}

@@ -11,6 +11,7 @@ vectors fit the context together with the longest prompt.
 """
 
 from collections.abc import Sequence
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,8 @@ def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence
             most = (room - rest) // slots if slots else 0
             remedy = f"use at most {most} vectors, or" if most > 0 else "please"
             raise InversionError(
-                f"{n} vectors and the {rest} tokens of the template {template!r} are more than the {room} "
-                f"that fit the context: {remedy} shorten the template"
+                f"{n} vectors and the {rest} tokens of the template {textwrap.shorten(template, 80)!r} are more than "
+                f"the {room} that fit the context: {remedy} shorten the template (or caption)"
             )
         ids = tokenizer.encode([template.replace(SLOT, word)], {word: n}).ids  # (1, L)
         if not slots or int((ids >= tokenizer.vocab_size).sum()) != slots * n:

@@ -51,7 +51,7 @@ def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence
     from matplotlib.figure import Figure
 
     width = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.6 * width, 2.0 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(1.6 * width, 4.8), 2.0 * len(rows)), layout="constrained")     # a label fits
     grid = figure.subfigures(len(rows), 1, squeeze=False)
     for i, ((label, images), part) in enumerate(zip(rows, grid[:, 0])):
         part.suptitle(label, x=0.01, horizontalalignment="left", fontsize=11)

@@ -205,7 +205,11 @@ class Training:
         """What must be equal for a training to be continued."""
         run = asdict(self.config) | {"placeholder": self.concept.placeholder, "family": self.model.family}
         run |= {"images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
-        return run | {"templates": _hash(str(self.templates)), "dtype": str(self.model.dtype)}
+        run |= {"templates": _hash(str(self.templates)), "dtype": str(self.model.dtype)}
+        network = getattr(self.model, "unet", None)
+        last = [] if network is None else list(network.parameters())[-1:]   # no two trained networks have it in common
+        said = f"{self.model.prediction} {sorted(self.model.schedule.items())} {[_hash(p) for p in last]}"
+        return run | {"model": _hash(said)}
 
 
 def freeze(model: Any) -> None:
@@ -221,5 +225,5 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def _hash(content: Tensor | str) -> str:
-    data = content.encode() if isinstance(content, str) else content.detach().cpu().numpy().tobytes()
+    data = content.encode() if isinstance(content, str) else content.detach().cpu().double().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]

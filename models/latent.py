@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
     noise: float = 1.0
 
 
-SAMPLING = {"emoji": Sampling("ddim", 30, 3.0)}
+SAMPLING = {"emoji": Sampling("ddim", 30, 5.0)}
 STABLE_DIFFUSION = Sampling("ddim", 50, 7.5)
 
 

@@ -88,7 +88,10 @@ def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
     """
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokens = read_json(folder / "vocab.json")
-        merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
+        try:
+            merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{folder / 'merges.txt'} is no text in UTF-8: fetch it anew") from error
     elif (folder / "tokenizer.json").is_file():
         model = read_json(folder / "tokenizer.json").get("model", {})
         tokens, merges = model.get("vocab", {}), [_pair(merge) for merge in model.get("merges", [])]

@@ -48,8 +48,13 @@ def resumed(folder: Path, config: Any, may_differ: Sequence[str] = ()) -> Any:
         saved = json.loads((folder / FLAGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InversionError(f"{folder} is not the folder of a run: it has no readable {FLAGS}") from error
+    if not isinstance(saved, dict):
+        raise InversionError(f"{folder / FLAGS} holds no flags of a run")
     hints = typing.get_type_hints(type(config))
     saved = {key: _as(hints[key], value) for key, value in saved.items() if key in hints}
+    for key, value in saved.items():
+        if not _fits(hints[key], value):
+            raise InversionError(f"{folder / FLAGS} is damaged: {key} cannot be {value!r}")
     if config.output == folder:
         saved["output"] = folder.absolute()     # it may have been moved
     for field in dataclasses.fields(config):
@@ -87,6 +92,18 @@ def _from_anywhere(value: Any) -> Any:
         if os.sep in str(file) and file.exists():
             return str(file.absolute()) if word is None else f"{word}={file.absolute()}"
     return value.absolute() if isinstance(value, Path) else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a flag of that type can have a value."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(option, value) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(options[0], item) for item in value)
+    return type(value) in (int, float) if hint is float else type(value) is hint or isinstance(value, Path) and hint is Path
 
 
 def _as(hint: Any, value: Any) -> Any:

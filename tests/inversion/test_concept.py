@@ -60,6 +60,11 @@ def test_a_placeholder_that_is_a_word_is_refused(model: LatentModel) -> None:
         Concept.from_text(model, "dog", "cat")
 
 
+def test_the_word_that_it_should_be_instead_is_another(model: LatentModel) -> None:
+    with pytest.raises(InversionError, match=r"'<\|endoftext\|>' is already .*, such as '<endoftext>'"):
+        Concept.from_text(model, "<|endoftext|>", "cat")
+
+
 @pytest.mark.parametrize("placeholder", ["", " <x>", "<x>\n", "{}"])
 def test_a_placeholder_must_be_findable(placeholder: str) -> None:
     with pytest.raises(InversionError, match="cannot be a placeholder"):

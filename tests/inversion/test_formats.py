@@ -82,6 +82,20 @@ def test_what_is_refused(name: str, width: int | None, message: str) -> None:
         Concept.load(FILES / name, width=width)
 
 
+@pytest.mark.parametrize("params", [{}, None, torch.zeros(2, 4), [torch.zeros(2, 4)]])
+def test_parameters_without_names_are_refused(params: object, tmp_path: Path) -> None:
+    torch.save({"string_to_param": params, "name": "x"}, tmp_path / "x.pt")
+    with pytest.raises(InversionError, match=r"x\.pt is no embedding file: its string_to_param holds no vectors"):
+        Concept.load(tmp_path / "x.pt")
+
+
+def test_a_file_whose_name_is_no_word_says_how_to_call_it(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.zeros(2, 4)}, tmp_path / "my dog.safetensors")
+    with pytest.raises(InversionError, match=r"my dog\.safetensors calls its word 'my dog'.*WORD=FILE"):
+        Concept.load(tmp_path / "my dog.safetensors")
+    assert Concept.load(tmp_path / "my dog.safetensors", placeholder="<dog>").placeholder == "<dog>"
+
+
 def test_the_family_that_a_file_names_wins_over_its_width(tmp_path: Path) -> None:
     Concept("<x>", torch.zeros(1, 160), {"family": "emoji"}).save(tmp_path / "x.safetensors")
     with pytest.raises(InversionError, match=r"width 160 \(learned with emoji\).*768"):

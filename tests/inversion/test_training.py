@@ -346,6 +346,18 @@ def test_other_images_are_another_run(tmp_path: Path) -> None:
         train(model, concept, images(seed=1), TEMPLATES, FAST, file=file, resume=True)
 
 
+def test_another_model_is_another_run(tmp_path: Path) -> None:
+    """Of the same words, as Stable Diffusion 1.4 and 1.5 are."""
+    file = tmp_path / "x.safetensors"
+    learn(tiny_model(), file=file)
+    other = tiny_model()
+    other.unet.out[2].bias += 1
+    with pytest.raises(InversionError, match="its model is"):
+        learn(other, file=file, resume=True)
+    with pytest.raises(InversionError, match="its model is"):
+        learn(replace(tiny_model(), prediction="v_prediction"), file=file, resume=True)
+
+
 # --- the best, and stopping
 
 

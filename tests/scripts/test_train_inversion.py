@@ -262,6 +262,12 @@ def test_what_cannot_be_resumed_is_refused(
     assert not (config.output / "comparison.png").exists()
     with pytest.raises(InversionError, match=r"has seed 0, not 3: leave it out"):
         script.main(script.Config(resume=config.output, seed=3))
+    flags = (config.output / "run.json").read_text()
+    for damaged, message in ((flags.replace('"steps": 2', '"steps": "abc"'), "steps cannot be 'abc'"), ("[1]", "no flags")):
+        (config.output / "run.json").write_text(damaged)
+        with pytest.raises(InversionError, match=message):
+            script.main(script.Config(resume=config.output))
+    (config.output / "run.json").write_text(flags)
     capsys.readouterr()
     script.main(script.Config(resume=config.output))
     assert "0/2" in (bar := capsys.readouterr().err)  # the bar of a finished run never moves
