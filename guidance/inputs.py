@@ -22,18 +22,25 @@ def prompts(
     prompts: str | Sequence[str], negative: str | Sequence[str] | None, scale: float
 ) -> tuple[list[str], list[str]]:
     """The prompts and as many negative ones."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not all(isinstance(prompt, str) for prompt in prompts):
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
         raise GuidanceError(f"prompts are texts; got {prompts!r}")
-    negative = "" if negative is None else negative
+    prompts, negative = list(prompts), "" if negative is None else negative
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
         raise GuidanceError("there is no prompt: give at least one, the empty one if need be")
     if len(negatives) != len(prompts):
         raise GuidanceError(f"{len(negatives)} negative prompts for {len(prompts)}: give one, or as many")
-    if not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise GuidanceError(f"a guidance scale is a finite number (1 is off), not {scale}")
     return prompts, negatives
+
+
+def require_sizes(**sizes: Any) -> None:
+    """Raise GuidanceError for a size that is given and no whole number."""
+    for name, size in sizes.items():
+        if size is not None and type(size) is not int:
+            raise GuidanceError(f"{name} is a whole number, not {size!r}")
 
 
 def require_two_sides(model: Any, scale: float) -> None:

@@ -10,8 +10,8 @@ Everything is checked before training, on token ids: that the word arrives in ev
 vectors fit the context together with the longest prompt.
 """
 
-from collections.abc import Sequence
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

@@ -103,7 +103,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return value in options
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(options[0], item) for item in value)
-    return type(value) in (int, float) if hint is float else type(value) is hint or isinstance(value, Path) and hint is Path
+    return isinstance(value, Path) if hint is Path else type(value) in {float: (int, float)}.get(hint, (hint,))
 
 
 def _as(hint: Any, value: Any) -> Any:

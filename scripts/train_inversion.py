@@ -196,6 +196,8 @@ def starting_concept(config: Config, model: Model, at_least: int) -> Concept:
     """From a concept's file if --init names one, else from the vectors of its words."""
     word, file = word_and_file(config.init)
     if file.suffix not in (".safetensors", ".pt", ".bin"):
+        if file.is_file():
+            raise InversionError(f"{file} is no file of learned vectors: those end in .safetensors, .pt or .bin")
         vectors = config.vectors
         if vectors is None:
             vectors = max(at_least, len(model.tokenizer.tokens_of(config.init)))

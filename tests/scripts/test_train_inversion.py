@@ -198,6 +198,7 @@ def test_images_that_are_refused(
         ({"token": "dog"}, InversionError, "already a word of the tokenizer"),
         ({"token": " "}, InversionError, "cannot be a placeholder"),
         ({"init": ""}, InversionError, "has no tokens"),
+        ({"init": __file__}, InversionError, "is no file of learned vectors"),
         ({"init": "a large white dog", "vectors": 3}, InversionError, "does not fit 3 vectors"),
         ({"vectors": 23}, InversionError, "the template 'a photo of a large {}'.*at most 17 vectors"),
         ({"templates": "photos"}, InversionError, "no templates are called 'photos'"),
@@ -263,7 +264,8 @@ def test_what_cannot_be_resumed_is_refused(
     with pytest.raises(InversionError, match=r"has seed 0, not 3: leave it out"):
         script.main(script.Config(resume=config.output, seed=3))
     flags = (config.output / "run.json").read_text()
-    for damaged, message in ((flags.replace('"steps": 2', '"steps": "abc"'), "steps cannot be 'abc'"), ("[1]", "no flags")):
+    other = flags.replace('"steps": 2', '"steps": "abc"')
+    for damaged, message in ((other, "steps cannot be 'abc'"), ("[1]", "no flags")):
         (config.output / "run.json").write_text(damaged)
         with pytest.raises(InversionError, match=message):
             script.main(script.Config(resume=config.output))
