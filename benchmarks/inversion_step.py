@@ -42,7 +42,7 @@ def image(work: Work) -> Tensor:
 def start_ours(model: LatentModel, work: Work) -> Step:
     """A training, whose moments are encoded and whose VAE is gone. The first step validates first, with one sample."""
     if work.mode == "low_memory":
-        model.checkpointing, model.attention = "blocks", "sliced"
+        model.checkpointing = "blocks"
     config = TrainConfig(
         FOREVER, batch_size=1, accumulation=1, schedule="constant", validate_every=FOREVER, validation_pairs=1
     )

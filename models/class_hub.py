@@ -23,6 +23,8 @@ FILES = {
     "adm-64-256": "64_256_upsampler", "adm-128-512": "128_512_upsampler",
 }  # fmt: skip
 CLASSIFIERS = {f"adm-{size}": f"{size}x{size}_classifier" for size in ADM_CLASSIFIERS}
+DATA = Path(__file__).parent / "data" / "emoji_classes"
+EMBEDDED = {"emoji-classes": DATA / "classifier.safetensors", "emoji-classes-judge": DATA / "judge.safetensors"}
 
 
 def load_published(name: str, dtype: torch.dtype | str | None, device: torch.device) -> ClassModel:
@@ -46,7 +48,8 @@ def load_classifier(
 ) -> Classifier:  # fmt: skip
     """A classifier of noisy images, frozen, for `guidance.classifier`.
 
-    source: "adm-64", "adm-128", "adm-256" or "adm-512", fetched once from OpenAI; or a file of guided-diffusion or of
+    source: "emoji-classes", which reads noise, or "emoji-classes-judge", which reads clean images: they come with the
+    project; "adm-64", "adm-128", "adm-256" or "adm-512", fetched once from OpenAI; or a file of guided-diffusion or of
     train_classifier.py. dtype, device: as in `models.load`. config: its numbers, for a file in guided-diffusion's form
     of sizes that were not published, whose tensors do not tell them all.
 
@@ -54,8 +57,8 @@ def load_classifier(
     """
     device = choose_device(device)
     if source not in CLASSIFIERS:
-        if not (path := Path(source)).is_file():
-            known = ", ".join(CLASSIFIERS)
+        if not (path := EMBEDDED.get(source, Path(source))).is_file():
+            known = ", ".join((*EMBEDDED, *CLASSIFIERS))
             raise ModelError(f"there is no file {source}; the classifiers known by name are: {known}")
         return read_classifier(path, dtype, device, config)
     path, config = _fetched(CLASSIFIERS[source]), ADM_CLASSIFIERS[source.removeprefix("adm-")]

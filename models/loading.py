@@ -31,7 +31,8 @@ from models.setting import Setting, place
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 from models.weights import STORED, choose_dtype
 
-EMBEDDED = {"emoji": Path(__file__).parent / "data" / "emoji"}
+DATA = Path(__file__).parent / "data"
+EMBEDDED = {"emoji": DATA / "emoji", "emoji-classes": DATA / "emoji_classes" / "model.safetensors"}
 Model = LatentModel | GlideModel | ClassModel
 
 
@@ -49,7 +50,7 @@ def load(
 ) -> Model:
     """Load a model, frozen and ready to use.
 
-    source: the name "emoji", which comes with the project; "glide" or "glide-inpaint", or "adm-64",
+    source: the name "emoji", or "emoji-classes", which come with the project; "glide" or "glide-inpaint", or "adm-64",
     "adm-128", "adm-256", "adm-256-uncond", "adm-512", "adm-64-256" or "adm-128-512" (upsamplers) of guided-diffusion,
     fetched once from OpenAI; a folder in the diffusers layout, or of GLIDE's base and upsample (.safetensors or .pt); a
     single .safetensors or .ckpt file as CompVis and Stability publish them; one of GLIDE's or guided-diffusion's

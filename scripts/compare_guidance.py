@@ -1,7 +1,6 @@
 """What guidance buys and what it costs: fidelity against diversity, by a classifier and without one.
 
-    python scripts/compare_guidance.py --model runs/classes/model.safetensors \\
-        --guide runs/classifier/classifier.safetensors --judge runs/judge/classifier.safetensors
+    python scripts/compare_guidance.py
 
 The article's question. One model draws every class at several scales s: first without being told the class, while a
 classifier that reads noise pulls with s times the gradient of log p(class | x_t); then classifier-free, by
@@ -43,9 +42,9 @@ class Config:
     fastest here. seed: of the first drawing. output: a folder for what is written; None is a new one.
     """
 
-    model: str
-    guide: str
-    judge: str
+    model: str = "emoji-classes"
+    guide: str = "emoji-classes"
+    judge: str = "emoji-classes-judge"
     classifier_scales: tuple[float, ...] = (0, 0.5, 1, 2, 4, 8)
     free_scales: tuple[float, ...] = (0, 0.5, 1, 2, 4, 8)
     count: int = 16
