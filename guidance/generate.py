@@ -75,6 +75,8 @@ def generate(
     Returns (B, 3, H, W) float32 in [-1, 1] on the CPU. Raises GuidanceError for what does not fit together,
     and the model's and the process's errors (ModelError, DiffusionError) for a size, a sampler or its steps.
     """
+    if not hasattr(model, "sampling"):
+        raise inputs.GuidanceError(f"a {type(model).__name__} draws nothing: take a model of models.load")
     given = zip((sampler, steps, scale), model.sampling)
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
@@ -100,6 +102,11 @@ def generate(
             for chain in chains:
                 drawn = chain.draw(part, streams[part], drawn, step_done)                      # (b, 3, H, W)
             images.append(drawn.float().cpu())
+            if not images[-1].isfinite().all():
+                raise inputs.GuidanceError(
+                    "what was drawn is not finite: the numbers left the range of their dtype; use a smaller guidance "
+                    "scale, or float32"
+                )
     return torch.cat(images)
 
 

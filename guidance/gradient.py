@@ -6,7 +6,9 @@ What is done with it is the step's business: ancestral steps shift their mean, t
 Source: Dhariwal & Nichol 2021, algorithms 1 and 2; Nichol et al. 2022 (GLIDE), section 2.4.
 """
 
+import contextlib
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,10 +36,10 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
     """s · ∇ log p by autograd.
 
     log_probability: (x_t (B, C, H, W), t (B,) int64) -> (B,), of each sample alone. scale: s; 0 is off, and nothing is
-    computed. A gradient that is zero everywhere or not finite does not guide: that is said once, with the time, as a
-    UserWarning. Raises GuidanceError for a scale that is not finite.
+    computed. A sample whose gradient is zero everywhere or not finite is not guided: that is said once, with the time,
+    as a UserWarning. Raises GuidanceError for a scale that is not finite, and a log-probability that is no tensor (B,).
     """
-    if not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise GuidanceError(f"the scale of a gradient is a finite number (0 is off), not {scale}")
     said: set[str] = set()
 
@@ -47,15 +49,20 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
             return torch.zeros_like(x_t)
         x = x_t.detach().requires_grad_()
         t = torch.full((len(x),), round(level.t), device=x.device)
-        (grad,) = torch.autograd.grad(log_probability(x, t).sum(), x)
-        wrong = "is not finite" if not grad.isfinite().all() else "" if grad.any() else "is zero"
-        if wrong and wrong not in said:
-            said.add(wrong)
-            warnings.warn(
-                f"the gradient that should guide {wrong} at time {level.t:g}: it does not guide there", UserWarning,
-                stacklevel=2,
-            )  # fmt: skip
-        return scale * (torch.zeros_like(grad) if wrong else grad)
+        log_p = log_probability(x, t)
+        if not isinstance(log_p, Tensor) or log_p.shape != t.shape:
+            found = f"a tensor {tuple(log_p.shape)}" if isinstance(log_p, Tensor) else f"a {type(log_p).__name__}"
+            raise GuidanceError(f"a log-probability is a tensor ({len(x)},), a number an image, not {found}")
+        grad = torch.autograd.grad(log_p.sum(), x)[0] if log_p.requires_grad else torch.zeros_like(x)
+        finite, there = grad.flatten(1).isfinite().all(dim=1), grad.flatten(1).any(dim=1)      # (B,)
+        for wrong, of in (("is not finite", ~finite), ("is zero", finite & ~there)):
+            if of.any() and wrong not in said:
+                said.add(wrong)
+                warnings.warn(
+                    f"the gradient that should guide {wrong} at time {level.t:g}: it does not guide there", UserWarning,
+                    stacklevel=2,
+                )  # fmt: skip
+        return scale * torch.where(finite[:, None, None, None], grad, 0)
 
     return gradient
 
@@ -67,8 +74,13 @@ def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Grad
     logits. classes: y, 0 … classes - 1, one an image; or their names, if the network has `names`, too. scale: s; the
     published classifiers take 0.5 to 10.
 
-    Raises GuidanceError for a class that there is not, and when it is asked about more or fewer images than classes.
+    Raises GuidanceError for what is no classifier, for a class that there is not, and when it is asked about more or
+    fewer images than classes.
     """
+    if not isinstance(getattr(network, "classes", None), int):
+        raise GuidanceError(f"a {type(network).__name__} is no classifier: take one of models.load_classifier")
+    if isinstance(classes, str) or not isinstance(classes, (Sequence, Tensor)):
+        raise GuidanceError(f"classes are one an image, [{classes!r}] for one, not {classes!r}")
     numbers = [_number(network, asked) for asked in classes]
     wrong = [asked for asked, y in zip(classes, numbers) if not 0 <= y < network.classes]
     if wrong or not numbers:
@@ -89,12 +101,11 @@ def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Grad
 
 def _number(network: Any, asked: int | str) -> int:
     """A class by its name or number; -1 for a name that no class has."""
-    if isinstance(asked, int):
-        return asked
-    try:
+    with contextlib.suppress(TypeError):
+        return operator.index(asked)
+    with contextlib.suppress(AttributeError, ValueError):
         return network.names.index(asked)
-    except (AttributeError, ValueError):
-        return -1
+    return -1
 
 
 def clip_gradient(clip: Any, texts: Sequence[str], scale: float) -> Gradient:

@@ -32,7 +32,11 @@ from models.single_file import SUFFIXES, read_single_file, write_single_file
 from models.weights import STORED, choose_dtype
 
 DATA = Path(__file__).parent / "data"
-EMBEDDED = {"emoji": DATA / "emoji", "emoji-classes": DATA / "emoji_classes" / "model.safetensors"}
+EMBEDDED = {
+    "emoji": DATA / "emoji",
+    "emoji-glide": DATA / "emoji_glide",
+    "emoji-classes": DATA / "emoji_classes" / "model.safetensors",
+}
 Model = LatentModel | GlideModel | ClassModel
 
 
@@ -50,11 +54,11 @@ def load(
 ) -> Model:
     """Load a model, frozen and ready to use.
 
-    source: the name "emoji", or "emoji-classes", which come with the project; "glide" or "glide-inpaint", or "adm-64",
-    "adm-128", "adm-256", "adm-256-uncond", "adm-512", "adm-64-256" or "adm-128-512" (upsamplers) of guided-diffusion,
-    fetched once from OpenAI; a folder in the diffusers layout, or of GLIDE's base and upsample (.safetensors or .pt); a
-    single .safetensors or .ckpt file as CompVis and Stability publish them; one of GLIDE's or guided-diffusion's
-    files, base.pt for example; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+    source: the name "emoji", "emoji-glide" or "emoji-classes", which come with the project; "glide" or "glide-inpaint",
+    or "adm-64", "adm-128", "adm-256", "adm-256-uncond", "adm-512", "adm-64-256" or "adm-128-512" (upsamplers) of
+    guided-diffusion, fetched once from OpenAI; a folder in the diffusers layout, or of GLIDE's base and upsample
+    (.safetensors or .pt); a single .safetensors or .ckpt file as CompVis and Stability publish them; one of GLIDE's or
+    guided-diffusion's files, base.pt for example; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
     dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
     says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors. checkpointing,

@@ -108,10 +108,13 @@ class Trainer:
 def require_sense(config: Any) -> None:
     """Raise ModelError for flags of a training that no training can have; config: a script's flags."""
     least = {"steps": 1, "batch_size": 1, "text_steps": 0, "save_every": 1, "size": 1, "seed": 0, "vocab_size": 1}
+    least |= {"model_channels": 1, "head_channels": 1, "norm_groups": 1, "num_res_blocks": 1}
     for name, minimum in least.items():
         value = getattr(config, name, None)
         if value is not None and value < minimum:
             raise ModelError(f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
+    if not all(mult > 0 for mult in getattr(config, "channel_mult", ())):
+        raise ModelError(f"--channel-mult are numbers above 0, not {config.channel_mult}")
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise ModelError(f"--learning-rate must be a number above 0, not {config.learning_rate}")
     if not 0 <= getattr(config, "caption_dropout", 0) <= 1:
@@ -153,9 +156,9 @@ def run_steps(
             value = trainer.update(loss(generator(config.seed, step)))
             smooth = value if math.isnan(smooth) else 0.99 * smooth + 0.01 * value
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+            yield trainer.step, smooth                  # what is done with it belongs into what is saved
             if trainer.step % save_every == 0:
                 save()
-            yield trainer.step, smooth
             if stop:
                 raise KeyboardInterrupt
         save()

@@ -14,6 +14,7 @@ Printed: a table, and what the best scale gains and loses. Written: the plot gui
 and drawings.png, a column of drawings a class at each scale, over the same noise.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,6 +154,10 @@ def main(config: Config) -> None:
     scales = {"classifier": sorted(config.classifier_scales), "free": sorted(config.free_scales)}
     if 0 not in scales["classifier"] or not {0, 1} <= set(scales["free"]):
         raise ModelError("--classifier-scales needs 0, and --free-scales 0 and 1: what is gained is gained over them")
+    if not all(math.isfinite(scale) for several in scales.values() for scale in several):
+        raise ModelError("--classifier-scales and --free-scales are finite numbers")
+    if config.judge == config.guide:
+        raise ModelError(f"{config.judge} cannot judge what it guides: the judge is another network")
     if config.count < 2:
         raise ModelError(f"--count is at least 2 drawings a class, for a distance, not {config.count}")
     output, begun = new_folder(config.output, "guidance"), time.monotonic()

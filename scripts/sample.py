@@ -32,7 +32,7 @@ class Config:
     prompt: tuple[str, ...]
     """What to draw: one or several; for a model of classes their names or numbers."""
     model: str = "emoji"
-    """emoji, glide, adm-64, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
+    """emoji, emoji-glide, emoji-classes, glide, adm-64, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
     negative: str = ""
     """What to keep away from."""
     count: int = 1

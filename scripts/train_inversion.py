@@ -120,7 +120,7 @@ class Recipe:
 
 RECIPES = {
     "emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 8),
-    "emoji-glide": Recipe(100, 16, 1, 2e-2, 32, "emoji", "an emoji of {}", 4),
+    "emoji-glide": Recipe(60, 16, 1, 2e-2, 32, "emoji", "an emoji of {}", 4),
     "glide": Recipe(3000, 4, 1, 5e-3, 8, "object", "a photo of {}", 1),
 }
 PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 1)

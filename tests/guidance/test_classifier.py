@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -153,3 +154,52 @@ def test_a_gradient_that_says_nothing_is_pointed_out_once(factor: float, said: s
         drawn = generate(tiny_glide(), "a dog", steps=3, guidance=gradient, generator=0)
     assert len(caught) == 1
     torch.testing.assert_close(drawn, generate(tiny_glide(), "a dog", steps=3, generator=0), rtol=0, atol=1e-6)
+
+
+def test_one_image_s_trouble_is_its_own() -> None:
+    """Of three images the first has a gradient without end and the second none: the third is guided all the same."""
+    factors = torch.tensor([float("inf"), 0.0, 1.0])
+    gradient = gradient_of(lambda x, t: factors * x.sum(dim=(1, 2, 3)), 2.0)
+    with pytest.warns(UserWarning, match="the gradient that should guide") as said:
+        found = gradient(torch.ones(3, 1, 2, 2), Level(7.0, 0.5))
+    assert torch.equal(found, torch.tensor([0.0, 0.0, 2.0])[:, None, None, None].expand(3, 1, 2, 2))
+    assert [str(each.message).split(" at time")[0] for each in said] == [
+        "the gradient that should guide is not finite", "the gradient that should guide is zero",
+    ]  # fmt: skip
+
+
+def test_a_score_that_does_not_look_at_the_image_guides_nowhere() -> None:
+    gradient = gradient_of(lambda x, t: torch.zeros(len(x)), 1.0)
+    with pytest.warns(UserWarning, match="is zero"):
+        assert not gradient(torch.ones(2, 1, 2, 2), Level(7.0, 0.5)).any()
+
+
+@pytest.mark.parametrize(("score", "said"), [(None, "a NoneType"), (torch.zeros(()), r"a tensor \(\)")])
+def test_a_score_that_is_none_is_refused(score: object, said: str) -> None:
+    with pytest.raises(GuidanceError, match=f"a number an image, not {said}"):
+        gradient_of(lambda x, t: score, 1.0)(torch.ones(2, 1, 2, 2), Level(7.0, 0.5))
+
+
+def test_classes_are_numbers_of_any_make() -> None:
+    network, x, level = tiny_classifier(), torch.ones(2, 3, 16, 16), Level(7.0, 0.5)
+    wanted = classifier(network, [1, 2], 1.0)(x, level)
+    for asked in (torch.tensor([1, 2]), [np.int64(1), np.int64(2)]):
+        assert torch.equal(classifier(network, asked, 1.0)(x, level), wanted)
+
+
+@pytest.mark.parametrize("asked", [3, "heart", None])
+def test_classes_that_are_no_list_are_refused(asked: object) -> None:
+    with pytest.raises(GuidanceError, match="classes are one an image"):
+        classifier(tiny_classifier(), asked, 1.0)
+
+
+def test_what_draws_is_no_classifier_and_the_reverse() -> None:
+    with pytest.raises(GuidanceError, match="a UNet is no classifier.*load_classifier"):
+        classifier(tiny_model().unet, [1], 1.0)
+    with pytest.raises(GuidanceError, match=r"a Classifier draws nothing.*models\.load"):
+        generate(tiny_classifier(), ["1"])
+
+
+def test_a_guide_that_throws_the_picture_out_of_its_range_is_an_error() -> None:
+    with pytest.raises(GuidanceError, match="not finite.*smaller guidance scale"):
+        generate(tiny_model(), ["dog"], steps=3, generator=0, guidance=lambda x, level: torch.full_like(x, 3e38))
