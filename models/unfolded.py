@@ -24,11 +24,21 @@ def is_small(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x: (B, C_in, h, w), weight: (C_out, C_in, k, k). Returns (B, C_out, h, w), channels-last."""
-    k, size = weight.shape[2], x.shape[2:]
+    """x: (B, C_in, h, w), weight: (C_out, C_in, k, k). Returns (B, C_out, h, w), channels-last.
+
+    Autograd cannot pass through it; `frozen` calls it where nothing is recorded. Its answer is no view of anything, so
+    that it may be changed in place, as residual branches are.
+    """
+    k, size = weight.shape[2], (len(x), len(weight), *x.shape[2:])
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
     windows = F.pad(x, 4 * (k // 2,)).unfold(2, k, 1).unfold(3, k, 1)                          # (B, C_in, h, w, k, k)
     patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].numel())                 # (B h w, C_in k k)
-    return F.linear(patches, weight.flatten(1), bias).unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
+    if bias is None:
+        torch.mm(patches, weight.flatten(1).T, out=flat)
+    else:
+        torch.addmm(bias, patches, weight.flatten(1).T, out=flat)
+    return y
 
 
 def gradient(dy: Tensor, weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def test_value_and_gradient(kernel: int, lay_out: object) -> None:
     wanted = F.conv2d(x.requires_grad_(), weight, bias, padding=kernel // 2)
     dy = lay_out(numbers(*wanted.shape, seed=3))
     (dx,) = torch.autograd.grad(wanted, x, dy)
+    x = x.detach()
     # sums of up to 125 products in float64, whose rounding is 2e-16
     torch.testing.assert_close(convolved(x, weight, bias), wanted, rtol=0, atol=1e-13)
     torch.testing.assert_close(convolved(x, weight, None), wanted - bias[:, None, None], rtol=0, atol=1e-13)
@@ -58,3 +59,12 @@ def test_a_frozen_convolution_takes_this_way(monkeypatch: pytest.MonkeyPatch) ->
     y = conv2d(x, weight, None, (1, 1), (1, 1))
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-11)                                  # 576 products of 1
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], dx, rtol=0, atol=1e-11)
+
+
+def test_what_it_returns_can_be_added_to_in_place() -> None:
+    """Of a map that is large enough to stay channels-last: there nothing is copied on the way out."""
+    x, weight = numbers(1, 1024, 8, 8).requires_grad_(), numbers(1024, 1024, 3, 3, seed=1)
+    assert is_small(x, weight, (1, 1), (1, 1))
+    y = conv2d(x, weight, numbers(1024, seed=2), (1, 1), (1, 1))
+    (dx,) = torch.autograd.grad(y.clone().sum(), x, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y.add_(x).sum(), x)[0], dx + 1)
