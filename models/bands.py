@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.group_norm import normed, statistics
+from models.layout import channels_last
 
 BAND_BYTES = 4 * 2**20
 Rows = Callable[[int, int], Tensor]
@@ -71,11 +72,6 @@ def plus_pointwise(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     for first, last in _bands(x):
         h[:, :, first:last] += F.conv2d(x[:, :, first:last], weight, bias)
     return h
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(B, C, h, w), with the channels of a position side by side in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.layout import laid_out
+
 
 def frozen_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = False,
@@ -50,6 +52,7 @@ class _GroupNorm(torch.autograd.Function):
             d_scale, d_shift = y.mul_(dy).sum((2, 3), keepdim=True), dy.sum((2, 3), keepdim=True)
             dy = dy * (1 + scale)
         if ctx.needs_input_grad[0]:
+            x, dy = laid_out(x), laid_out(dy)
             sizes = len(x), x.shape[1], x[0, 0].numel(), ctx.groups
             dx, _, _ = torch.ops.aten.native_group_norm_backward(
                 dy, x, mean, rstd, weight.to(mean.dtype), *sizes, [True, False, False]

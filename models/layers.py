@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import bands, frozen
+from models import bands, doubled, frozen
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
 from models.group_norm import frozen_group_norm
@@ -118,6 +118,15 @@ def plus_conv(h: Tensor, conv: Conv2d, x: Tensor) -> Tensor:
     return plus(h, conv(x))
 
 
+def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:
+    """conv(twice(x)), of a 3x3 convolution."""
+    if goes_in_bands(conv, x):
+        return bands.doubled_conv(x, conv.weight, conv.bias)
+    if not trains(conv) and doubled.is_worth_it(x, conv.weight):
+        return doubled.doubled_conv(x, conv.weight, conv.bias)
+    return conv(twice(x))
+
+
 def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
     """Whether a frozen layer is asked for a large map and no gradient."""
     return bands.is_large(x) and not (trains(conv) or torch.is_grad_enabled() and x.requires_grad)
@@ -129,8 +138,12 @@ def trains(layer: nn.Module) -> bool:
 
 
 def plus(branch: Tensor, x: Tensor) -> Tensor:
-    """branch + x, in the memory of the branch, which nobody else may read."""
-    return branch.add_(x) if branch.dtype == x.dtype else branch + x
+    """branch + x, in the memory of the branch, which nobody else may read.
+
+    (Not where the branch is a view and autograd records: it would copy the whole in the backward pass, three times.)
+    """
+    recorded_view = branch._is_view() and branch.requires_grad
+    return branch + x if recorded_view or branch.dtype != x.dtype else branch.add_(x)
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -187,6 +200,4 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
-        if goes_in_bands(self.conv, x):
-            return bands.doubled_conv(x, self.conv.weight, self.conv.bias)
-        return self.conv(twice(x))
+        return doubled_conv(self.conv, x)

@@ -30,6 +30,7 @@ from models.layers import (
     NormSiLU,
     Upsample,
     conv3x3,
+    doubled_conv,
     half,
     plus,
     timestep_embedding,
@@ -127,7 +128,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         def before_the_last(x: Tensor, emb: Tensor) -> Tensor:
-            h = first_conv(self.resample(first_norm(x)))
+            h = first_norm(x)
+            h = doubled_conv(first_conv, h) if self.resample is twice else first_conv(self.resample(h))
             emb = self.emb_layers(emb)[:, :, None, None]                                       # (B, C_out (· 2), 1, 1)
             return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
 

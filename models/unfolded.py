@@ -17,23 +17,24 @@ SMALLER = 8     # a map is small if the weight has more than so many times its n
 
 
 def is_small(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
-    """Whether a convolution of a map x (B, C, h, w) is better made here. Its size has to stay."""
+    """Whether a convolution of a map x (B, C, h, w) is better made here: one that keeps the size, or halves it."""
     k = weight.shape[2]
-    same = weight.shape[3] == k and stride == (1, 1) and padding == (k // 2, k // 2) and k % 2 == 1
-    return same and x.device.type == "cpu" and weight.numel() > SMALLER * x.numel()
+    usual = weight.shape[3] == k and k % 2 == 1 and padding == (k // 2, k // 2) and stride[0] == stride[1]
+    return usual and x.device.type == "cpu" and weight.numel() > SMALLER * x.numel() // stride[0] ** 2
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x: (B, C_in, h, w), weight: (C_out, C_in, k, k). Returns (B, C_out, h, w), channels-last.
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """x: (B, C_in, H, W), weight: (C_out, C_in, k, k), padded by k // 2. Returns (B, C_out, h, w), channels-last.
 
     Autograd cannot pass through it; `frozen` calls it where nothing is recorded. Its answer is no view of anything, so
     that it may be changed in place, as residual branches are.
     """
-    k, size = weight.shape[2], (len(x), len(weight), *x.shape[2:])
+    k = weight.shape[2]
+    windows = F.pad(x, 4 * (k // 2,)).unfold(2, k, stride).unfold(3, k, stride)                # (B, C_in, h, w, k, k)
+    patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].numel())                 # (B h w, C_in k k)
+    size = (len(x), len(weight), *windows.shape[2:4])
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
-    windows = F.pad(x, 4 * (k // 2,)).unfold(2, k, 1).unfold(3, k, 1)                          # (B, C_in, h, w, k, k)
-    patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].numel())                 # (B h w, C_in k k)
     if bias is None:
         torch.mm(patches, weight.flatten(1).T, out=flat)
     else:
@@ -41,15 +42,17 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """Of `convolved` by x. dy: (B, C_out, h, w). Returns (B, C_in, h, w), channels-last; summed in float32."""
+def gradient(dy: Tensor, weight: Tensor, size: tuple[int, int], stride: int = 1) -> Tensor:
+    """Of `convolved` by x, whose height and width are `size`. dy: (B, C_out, h, w).
+
+    Returns (B, C_in, *size), channels-last; summed in float32.
+    """
     k, (height, width) = weight.shape[2], dy.shape[2:]
     patches = dy.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ weight.flatten(1)              # (B h w, C_in k k)
     patches = patches.view(-1, height, width, *weight.shape[1:])
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    dx = dy.new_zeros(len(dy), height + k - 1, width + k - 1, weight.shape[1], dtype=wide)
+    edge, wide = k // 2, torch.promote_types(dy.dtype, torch.float32)
+    dx = dy.new_zeros(len(dy), size[0] + 2 * edge, size[1] + 2 * edge, weight.shape[1], dtype=wide)
     for i in range(k):
         for j in range(k):
-            dx[:, i : i + height, j : j + width] += patches[..., i, j]
-    edge = k // 2
-    return dx[:, edge : edge + height, edge : edge + width].permute(0, 3, 1, 2).to(dy.dtype)
+            dx[:, i : i + stride * height : stride, j : j + stride * width : stride] += patches[..., i, j]
+    return dx[:, edge : edge + size[0], edge : edge + size[1]].permute(0, 3, 1, 2).to(dy.dtype)

@@ -17,24 +17,25 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (5, 1), (1, 2), (3, 2), (3, 3)])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
 @pytest.mark.parametrize("lay_out", [Tensor.contiguous, channels_last])
-def test_value_and_gradient(kernel: int, lay_out: object) -> None:
-    x, weight, bias = lay_out(numbers(2, 3, 4, 6)), numbers(5, 3, kernel, kernel, seed=1), numbers(5, seed=2)
-    wanted = F.conv2d(x.requires_grad_(), weight, bias, padding=kernel // 2)
+def test_value_and_gradient(kernel: int, stride: int, size: tuple[int, int], lay_out: object) -> None:
+    x, weight, bias = lay_out(numbers(2, 3, *size)), numbers(5, 3, kernel, kernel, seed=1), numbers(5, seed=2)
+    wanted = F.conv2d(x.requires_grad_(), weight, bias, stride, padding=kernel // 2)
     dy = lay_out(numbers(*wanted.shape, seed=3))
     (dx,) = torch.autograd.grad(wanted, x, dy)
     x = x.detach()
     # sums of up to 125 products in float64, whose rounding is 2e-16
-    torch.testing.assert_close(convolved(x, weight, bias), wanted, rtol=0, atol=1e-13)
-    torch.testing.assert_close(convolved(x, weight, None), wanted - bias[:, None, None], rtol=0, atol=1e-13)
-    torch.testing.assert_close(gradient(dy, weight), dx, rtol=0, atol=1e-13)
+    torch.testing.assert_close(convolved(x, weight, bias, stride), wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(convolved(x, weight, None, stride), wanted - bias[:, None, None], rtol=0, atol=1e-13)
+    torch.testing.assert_close(gradient(dy, weight, size, stride), dx, rtol=0, atol=1e-13)
 
 
 def test_the_gradient_in_bfloat16_is_summed_in_float32() -> None:
     dy, weight = numbers(1, 16, 6, 6).bfloat16(), numbers(16, 8, 3, 3, seed=1).bfloat16()
     exact = F.conv_transpose2d(dy.double(), weight.double(), padding=1)
-    error = (gradient(dy, weight) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    error = (gradient(dy, weight, (6, 6)) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     # Rounded twice, the patches and their sum, each by up to 2^-9: √2 of that. A sum in bfloat16 rounds nine times
     # more and was found at 1.9 to 2.1.
     assert error < 1.6 * 2**-9
@@ -42,7 +43,7 @@ def test_the_gradient_in_bfloat16_is_summed_in_float32() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "side", "stride", "padding", "small"),
-    [(64, 4, 1, 1, True), (64, 9, 1, 1, False), (64, 4, 2, 1, False), (64, 4, 1, 0, False)],
+    [(64, 4, 1, 1, True), (64, 9, 1, 1, False), (64, 12, 2, 1, True), (64, 18, 2, 1, False), (64, 4, 1, 0, False)],
 )
 def test_small_maps_under_large_weights(channels: int, side: int, stride: int, padding: int, small: bool) -> None:
     x, weight = torch.zeros(1, channels, side, side), torch.zeros(channels, channels, 3, 3)

@@ -1,0 +1,29 @@
+"""How maps lie in memory: a channel at a time, or channels-last, the channels of a position side by side.
+
+Torch reads the layout from the strides, that of the batch included, although with one image it moves nothing; and
+cutting or joining maps of one image leaves strides there from which it reads no layout at all. A convolution then
+copies its input, computes in the slower layout, and what follows copies back: 7 % of a training step.
+"""
+
+import torch
+from torch import Tensor
+
+LARGE = 2**16     # numbers of an image's map
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, h, w), channels-last and to be recognised as such; x itself or a view of it where it already is."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    strides = channels * height * width, 1, channels * width, channels
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """(B, C, h, w), in memory as it is fastest on a CPU: large maps channels-last, small ones a channel at a time.
+
+    Elsewhere nothing was measured, and nothing is moved.
+    """
+    if x.device.type != "cpu":
+        return x
+    return channels_last(x) if x[0].numel() >= LARGE else x.contiguous()

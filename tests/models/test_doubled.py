@@ -1,0 +1,56 @@
+"""The convolution of a doubled map that is never made: the same sums."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import doubled
+from models.layers import Upsample, twice
+from models.unet import ResBlock
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("band_rows", [1, 2, 5])
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (2, 1)])
+def test_value_and_gradient(band_rows: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubled, "BAND_BYTES", band_rows * size[1] * 9 * 4 * 8)
+    x, weight, bias = numbers(2, 6, *size).requires_grad_(), numbers(4, 6, 3, 3, seed=1), numbers(4, seed=2)
+    wanted = F.conv2d(twice(x), weight, bias, padding=1)
+    dy = numbers(*wanted.shape, seed=3)
+    (dx,) = torch.autograd.grad(wanted, x, dy)
+    y = doubled.doubled_conv(x, weight, bias)
+    # sums of up to 144 products in float64, whose rounding is 2e-16
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dx, rtol=0, atol=1e-13)
+
+
+def test_what_is_large_enough_for_it() -> None:
+    x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(64, 8, 3, 3)
+    assert doubled.is_worth_it(x, weight)
+    for other in (x[:, :, :3, :3], x.bfloat16(), x.to("meta")):
+        assert not doubled.is_worth_it(other, weight.to(other.device))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_layers_that_double_take_this_way_if_frozen(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upsample, and the residual block that resamples; with weights that learn autograd's own way gives the same."""
+    torch.manual_seed(0)
+    upsample, block = Upsample(8).double(), ResBlock(8, 8, 4, 2, resample=twice).double()
+    x, cond = numbers(1, 8, 6, 6), type("Cond", (), {"emb": numbers(1, 4), "run": lambda self, a, b, f, *x: f(*x)})()
+    calls = []
+    monkeypatch.setattr(doubled, "doubled_conv", lambda *args: calls.append(args) or original(*args))
+    for layer in (upsample, block):
+        torch.nn.init.normal_(next(layer.parameters()))
+        wanted = layer(x, cond)
+        assert not calls
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(layer.requires_grad_(False)(x, cond), wanted, rtol=0, atol=1e-12)
+        assert len(calls) == 1
+        calls.clear()
+
+
+original = doubled.doubled_conv
