@@ -5,7 +5,7 @@
 - Min-SNR weights (Hang et al. 2023, section 3.4): min(SNR, gamma) on the error of x_0, which is min(1,
   gamma / SNR) on eps and min(SNR, gamma) / (SNR + 1) on v.
 - The hybrid bound of a network that also predicts its variance (Nichol & Dhariwal 2021, equation 16): the
-  error on eps plus T / 1000 times a term of the variational bound in which the mean is held fixed, so that
+  error on eps (or v) plus T / 1000 times a term of the variational bound in which the mean is held fixed, so that
   it trains the variance alone. The term is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits a
   dimension; at t = 0 it is the negative log-likelihood of x_0 as 8-bit pixels.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Prediction
+from diffusion.denoiser import Prediction, predict
 from diffusion.errors import DiffusionError
 from diffusion.posterior import learned_log_variance, posterior_mean, posterior_variance, step_beta
 from diffusion.schedule import Schedule, coefficient
@@ -70,16 +70,19 @@ class HybridLoss(NamedTuple):
     vb: Tensor
 
 
-def hybrid_loss(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> HybridLoss:
+def hybrid_loss(
+    schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor, form: str = "epsilon"
+) -> HybridLoss:
     """Nichol & Dhariwal 2021, equation 16, with their factor T / 1000 on the second term.
 
-    output: (B, 2C, H, W), eps and then the raw variance in [-1, 1], at x_t = q_sample(x0, t, noise).
-    x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64.
+    output: (B, 2C, H, W), what the network predicts and then the raw variance in [-1, 1], at x_t = q_sample(x0, t,
+    noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon.
     """
-    eps, raw = output.chunk(2, dim=1)
+    answer, raw = output.chunk(2, dim=1)
     x_t = schedule.q_sample(x0, t, noise)
-    vb = variational_bound(schedule, eps.detach(), (raw + 1) / 2, x0, x_t, t)
-    return HybridLoss(mse(eps, noise), vb * (schedule.steps / 1000))
+    eps = predict(form, x_t, answer.detach(), schedule.alpha_bar(t)).eps
+    vb = variational_bound(schedule, eps, (raw + 1) / 2, x0, x_t, t)
+    return HybridLoss(mse(answer, target(schedule, form, x0, t, noise)), vb * (schedule.steps / 1000))
 
 
 def variational_bound(

@@ -104,7 +104,8 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
         if fixed.get("offload") == "stream" and "checkpointing" in fixed:
             Setting(dtype, checkpointing, offload=offload)          # says what does not go together
         fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if device.type == "cpu" else META))
-        for kind in [fixed["attention"]] if fixed.get("attention") else sorted(("fused", "sliced"), key=fast.__ne__):
+        slim = "fused" if fast == "sliced" else "sliced"
+        for kind in [fixed["attention"]] if fixed.get("attention") else (fast, slim):
             if offload != "stream" or checkpointing == "blocks" or both:
                 found.append(Setting(dtype, checkpointing, kind, offload))
     return found

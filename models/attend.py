@@ -1,6 +1,7 @@
 """Which kernel computes softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), and how its arguments are cut.
 
-There are two, equal to rounding: torch's fused one, and ours over slices of query rows (see sliced_attention).
+There are two, equal to rounding: torch's fused one, and ours over slices of query rows (see sliced_attention); "mixed"
+is the first forward and the second backward.
 """
 
 from typing import Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from models.processor import fused_attention_has_bfloat16
 from models.sliced_attention import sliced_attention
 
-AttentionKind = Literal["auto", "sliced", "fused"]
+AttentionKind = Literal["auto", "sliced", "fused", "mixed"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, kind: AttentionKind = "auto") -> Tensor:
@@ -24,15 +25,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, kind: Attentio
     where it was measured, see `best_kind`.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                           # (B, H, N, d)
-    sliced = (best_kind(q) if kind == "auto" else kind) == "sliced"
-    out = sliced_attention(q, k, v, causal) if sliced else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    kind = best_kind(q) if kind == "auto" else kind
+    if kind == "fused":
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        out = sliced_attention(q, k, v, causal, fused_forward=kind == "mixed")
     return out.transpose(1, 2).flatten(2)
 
 
 def best_kind(q: Tensor) -> AttentionKind:
-    """The faster kernel for queries on this device in this dtype: the fused one where it computes in that dtype."""
-    slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not fused_attention_has_bfloat16()
-    return "sliced" if slow else "fused"
+    """The faster kernel for queries on this device in this dtype.
+
+    torch's kernel for CPUs multiplies bfloat16 in float32: backward always, forward where there is no AMX.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return "fused"
+    return "mixed" if fused_attention_has_bfloat16() else "sliced"
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

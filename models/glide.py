@@ -33,9 +33,10 @@ class GlideModel(PixelModel):
 
     schedule: keyword arguments of diffusion.Schedule. resolution: side of the images that it was trained on.
     factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
-    inpaints: it keeps a part of an image. source: where it is from. upsampler: what enlarges this one's images, if
-    anything does. checkpointing, attention: how this one's UNet runs, see models.layers.Condition; answers are the
-    same. offload, window: what waits in host memory while it does not compute, as `models.load` placed it.
+    inpaints: it keeps a part of an image. source: where it is from. prediction: "epsilon", or "v_prediction" of an
+    upsampler trained here. upsampler: what enlarges this one's images, if anything does. checkpointing, attention: how
+    this one's UNet runs, see models.layers.Condition; answers are the same. offload, window: what waits in host memory
+    while it does not compute, as `models.load` placed it.
 
     Raises ModelError for parts that do not fit each other.
     """

@@ -19,7 +19,7 @@ from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
 from models.kinds import GLIDE as GLIDE_KIND
 from models.kinds import STEM, kind_of
-from models.presets import GLIDE, GlidePreset
+from models.presets import GLIDE, GlidePreset, known_prediction
 from models.renaming import Layout
 from models.unet import UNet
 from models.weights import Part, fill, gather, on_meta
@@ -51,7 +51,7 @@ def of_preset(preset: GlidePreset, tokenizer: GlideTokenizer, source: str) -> Gl
     return GlideModel(
         unet=on_meta(lambda: UNet(preset.unet)), text=on_meta(lambda: GlideText(preset.text)), tokenizer=tokenizer,
         schedule=dict(preset.schedule), resolution=preset.resolution, factor=preset.factor,
-        inpaints=preset.inpaints, source=source,
+        inpaints=preset.inpaints, source=source, prediction=preset.prediction,
     )  # fmt: skip
 
 
@@ -82,6 +82,7 @@ def write_glide(model: GlideModel, path: Path, dtype: torch.dtype | None) -> Non
     said = {
         "unet": asdict(model.unet.config), "text": asdict(model.text.config), "schedule": model.schedule,
         "resolution": model.resolution, "factor": model.factor, "inpaints": model.inpaints,
+        "prediction": model.prediction,
         "merges": [" ".join(pair) for pair in model.tokenizer.merges],
     }  # fmt: skip
     write_described(path, KEY, said, {n: t for part in _parts(model) for n, t in gather(part, dtype).items()})
@@ -107,4 +108,5 @@ def _understood(said: dict[str, Any]) -> tuple[GlidePreset, GlideTokenizer]:
     unet, text = unet_config(said.pop("unet")), GlideTextConfig(**said.pop("text"))
     require(said, {"factor": int, "resolution": int, "inpaints": bool, "schedule": dict})
     require_schedule(said["schedule"].get("name"), "its description")
+    known_prediction(said.get("prediction", "epsilon"), "its description")
     return GlidePreset(unet, text, **said), GlideTokenizer(merges, text.length)

@@ -28,7 +28,7 @@ class Condition(NamedTuple):
     context:       (B, L, D) text features for cross-attention, or None.
     checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
                    attention and each feed-forward; "blocks", each residual block and each transformer.
-    attention:     the kernel: "sliced", "fused", or "auto" for the faster one.
+    attention:     the kernel, see `attend`; "auto" is the fastest.
     window:        what the layers' weights pass through, if they are streamed.
     """
 

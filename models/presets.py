@@ -81,6 +81,7 @@ class GlidePreset:
     resolution: int
     factor: int = 1
     inpaints: bool = False
+    prediction: str = "epsilon"
 
     def inpainting(self) -> "GlidePreset":
         """The form that sees what of an image is to be kept."""

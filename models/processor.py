@@ -21,9 +21,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def fused_attention_has_bfloat16() -> bool:
-    """Whether torch's fused attention multiplies in bfloat16: it does so on AMX's tiles and in float32 elsewhere.
+    """Whether torch's fused attention multiplies in bfloat16: forward it does so on AMX's tiles, in float32 elsewhere.
 
     2x8 heads, 4096 tokens, 40 channels: 0.09 s with AMX, where slices take 0.23 s; 0.26 s without, and slices 0.11 s.
+    Backward it never does: 8 heads of the same 0.53 s on one core with AMX, where slices take 0.35.
     """
     return bool(capabilities().get("amx_tile", False))
 

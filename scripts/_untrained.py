@@ -53,7 +53,11 @@ def latent_model(config: Any, captions: Iterable[str], size: int) -> LatentModel
 
 
 def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
-    """GLIDE in small, base or upsampler; it predicts eps and the variance. config: that of train_diffusion.py."""
+    """GLIDE in small, base or upsampler; it predicts eps, an upsampler v, and the variance.
+
+    An upsampler knows x_0 roughly at any noise, since it is shown it; of eps it would have to know each thousandth
+    there, and after a short training what was wrong drew a coarse grain. config: that of train_diffusion.py.
+    """
     tokenizer = GlideTokenizer.train(captions, config.vocab_size, config.context_length)
     torch.manual_seed(config.seed)
     unet = UNet(
@@ -70,9 +74,9 @@ def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
         )
     )  # fmt: skip
     torch.nn.init.normal_(text.token_embedding.weight, std=0.02)
-    like = GLIDE_BASE if config.factor == 1 else GLIDE_UPSAMPLE
+    like, form = (GLIDE_BASE, "epsilon") if config.factor == 1 else (GLIDE_UPSAMPLE, "v_prediction")
     return GlideModel(
-        unet, text, tokenizer, dict(like.schedule), size, config.factor, inpaints=False, source=str(config.output)
+        unet, text, tokenizer, dict(like.schedule), size, config.factor, False, str(config.output), form
     )
 
 

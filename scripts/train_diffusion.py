@@ -8,8 +8,8 @@
 
 Told captions: with an autoencoder, which stays as it is, a latent diffusion model of v; without one a GLIDE, of the
 pixels themselves, on the squared error of eps and the variational bound of its variance (Nichol & Dhariwal 2021,
-equation 16); with a factor the upsampler of a GLIDE, which is shown each image that many times smaller. Told classes,
-or nothing: a DDPM of pixels (Ho et al. 2020, algorithm 1), on the squared error of eps alone.
+equation 16); with a factor the upsampler of a GLIDE, of v, which is shown each image that many times smaller. Told
+classes, or nothing: a DDPM of pixels (Ho et al. 2020, algorithm 1), on the squared error of eps alone.
 
 First a text transformer learns alone, to tell from a caption roughly what the picture looks like. (Stable
 Diffusion's comes trained from CLIP. An untrained one learns next to nothing through a UNet that as yet ignores it: the
@@ -147,7 +147,8 @@ class Pictures:
         shape = model.x0_shape(model.resolution, model.resolution)
         noise = torch.randn(2, b, *shape, generator=g)
         x0 = model.draw_x0(self.moments[which], noise[0])
-        t = ((torch.rand(b, generator=g) + torch.arange(b)) * (schedule.steps / b)).long()     # one time a stratum
+        t = torch.rand(b, generator=g).double() + torch.arange(b)           # one a stratum; float32 would round up
+        t = (t * (schedule.steps / b)).long().clamp(max=schedule.steps - 1)
         x_t = schedule.q_sample(x0, t, noise[1])
         shown = model if self.small is None else model.given(shape[1:], self.small[which], None, None)
         output = shown.predict(x_t, t, model.encode_text(tokens))
@@ -200,7 +201,7 @@ def teach_text(model: Model, captions: "Captions", latents: Tensor, config: Conf
 def objective(model: Model, schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """The loss of each sample (B,): on what the network predicts, and on its variance if it predicts one."""
     if output.shape[1] > x0.shape[1]:
-        return sum(hybrid_loss(schedule, output, x0, t, noise))
+        return sum(hybrid_loss(schedule, output, x0, t, noise, model.prediction))
     return mse(output, target(schedule, model.prediction, x0, t, noise))
 
 

@@ -78,8 +78,8 @@ class Config:
     checkpointing: Literal["none", "attention", "blocks"] | None = None
     """What is computed again instead of kept in memory; None is none, or what --memory-budget chooses, here and for the
     next two."""
-    attention: Literal["auto", "sliced", "fused"] | None = None
-    """Its kernel: ours over slices, or torch's; auto is the faster one."""
+    attention: Literal["auto", "sliced", "fused", "mixed"] | None = None
+    """Its kernel: ours over slices, torch's, or torch's forward and ours backward; auto is the fastest."""
     offload: Literal["none", "idle", "stream"] | None = None
     """What leaves the GPU while it does not compute: text transformer and VAE, or the layers of the UNet, too."""
     memory_budget: str | None = None

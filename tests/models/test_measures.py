@@ -52,7 +52,7 @@ def gradients(
     return out.detach(), {name: gradient for name, gradient in zip(names, found) if gradient is not None}
 
 
-@pytest.mark.parametrize("kernel", ["sliced", "fused"])
+@pytest.mark.parametrize("kernel", ["sliced", "fused", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_measure_has_the_gradients_of_none(kind: str, kernel: AttentionKind) -> None:
     unet = network(kind, torch.float64)

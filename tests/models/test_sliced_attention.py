@@ -25,11 +25,12 @@ def inputs(n: int, m: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
+@pytest.mark.parametrize("fused_forward", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 13, 100])
 @pytest.mark.parametrize(("n", "m", "causal"), [(13, 7, False), (1, 7, False), (13, 13, True)])
-def test_equals_the_plain_formula_in_float64(n: int, m: int, causal: bool, rows: int) -> None:
+def test_equals_the_plain_formula_in_float64(n: int, m: int, causal: bool, rows: int, fused_forward: bool) -> None:
     q, k, v, g = inputs(n, m, torch.float64)
-    ours, theirs = sliced_attention(q, k, v, causal, rows), plain(q, k, v, causal)
+    ours, theirs = sliced_attention(q, k, v, causal, rows, fused_forward), plain(q, k, v, causal)
     # 1e-13: a few hundred float64 roundings (2e-16) of numbers of order one
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
@@ -62,6 +63,12 @@ def test_slices_follow_the_byte_budget() -> None:
     assert slice_size(q, k, budget=2**40) == (8, 4096)
     assert slice_size(q, k, budget=1) == (1, 1)
     assert slice_size(q.bfloat16(), k, budget=2 * 77 * 5) == (1, 5)
+
+
+def test_on_a_cpu_slices_of_several_heads_are_smaller() -> None:
+    q = torch.empty(1, 8, 1024, 1)
+    assert slice_size(q, q) == (1, 1024)                                                       # 4 MiB of one head
+    assert slice_size(q[:, :, :256], q) == (2, 256)
 
 
 def test_memory_is_bounded_by_a_slice() -> None:
