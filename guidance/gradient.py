@@ -111,8 +111,27 @@ def _number(network: Any, asked: int | str) -> int:
 def clip_gradient(clip: Any, texts: Sequence[str], scale: float) -> Gradient:
     """The gradient of a noise-aware CLIP's similarity, 100 cos(text, image), for B images of B texts.
 
-    clip: a `models.noisy_clip.NoisyClip`. scale: GLIDE's notebook takes 3.
+    clip: a `models.noisy_clip.NoisyClip`, in any dtype and on any device. scale: GLIDE's notebook takes 3.
+
+    Raises GuidanceError for what is no such CLIP, for texts that are none, and when it is asked about more or fewer
+    images than texts, or about images of another size than CLIP's.
     """
+    if not hasattr(clip, "similarity"):
+        raise GuidanceError(f"a {type(clip).__name__} is no noise-aware CLIP: take that of models.load_noisy_clip")
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
+        raise GuidanceError(f"texts are one an image, [{texts!r}] for one, not {texts!r}")
+    if not texts:
+        raise GuidanceError("there is no text: give one an image")
     with torch.no_grad():
         text = clip.encode_text(texts)                                                         # (B, E)
-    return gradient_of(lambda x, t: clip.similarity(text, x, t), scale)
+
+    def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
+        side = clip.config.image_size
+        if len(x_t) != len(text) or x_t.shape[1:] != (3, side, side):
+            raise GuidanceError(
+                f"{len(text)} texts want as many images of 3 channels and {side}x{side} pixels, and what is drawn is "
+                f"{tuple(x_t.shape)}"
+            )
+        return clip.similarity(text, x_t.to(text), t.to(text.device)).to(x_t)
+
+    return gradient_of(log_probability, scale)

@@ -1,6 +1,7 @@
 """What a caller may ask of `generate`, checked and brought to one form. Every refusal is a GuidanceError."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -62,6 +63,8 @@ def start(image: Tensor, count: int, height: int | None, width: int | None) -> T
             f"an image to start from is (3, H, W), or ({count}, 3, H, W) for as many prompts, not "
             f"{tuple(image.shape)}"
         )
+    if not image.numel():
+        raise GuidanceError(f"an image to start from has pixels, and this one is {tuple(image.shape)}")
     if not image.is_floating_point() or not image.abs().max() <= 1:
         raise GuidanceError(f"an image to start from holds floats in [-1, 1], not {_span(image)}")
     for side, asked, found in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
@@ -144,7 +147,7 @@ def kept(model: Any, image: Tensor | None, mask: Tensor, count: int) -> tuple[Te
         raise GuidanceError("a mask says which part of an image stays: give the image, too")
     image = start(image, count, None, None)
     if not isinstance(mask, Tensor) or mask.is_complex():
-        raise GuidanceError(f"a mask is a tensor of 0 and 1, (H, W), not {getattr(mask, 'dtype', type(mask).__name__)}")
+        raise GuidanceError(f"a mask is a tensor of 0 and 1, (H, W), not {_kind(mask)}")
     mask = mask[None] if mask.ndim == 2 else mask
     mask = mask[None] if mask.ndim == 3 else mask
     if mask.shape not in ((1, 1, *image.shape[2:]), (count, 1, *image.shape[2:])):
@@ -164,10 +167,18 @@ def reduced(kept: tuple[Tensor, Tensor] | None, factor: int) -> tuple[Tensor, Te
 
 def in_plain_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """Prompts with every learned word replaced by the words that it started from, or nothing."""
-    for concept in concepts:
-        plain = getattr(concept, "metadata", {}).get("init", "")
-        prompts = [prompt.replace(concept.placeholder, plain) for prompt in prompts]
-    return list(prompts)
+    plain = {concept.placeholder: getattr(concept, "metadata", {}).get("init", "") for concept in concepts}
+    if not plain:
+        return list(prompts)
+    # as a tokenizer does: the longest first, and none within a word
+    edge = {True: r"(?!(?<=\w)\w)", False: ""}           # not between two characters of words
+    names = sorted(plain, key=len, reverse=True)
+    whole = [edge[bool(re.match(r"\w", n))] + re.escape(n) + edge[bool(re.search(r"\w\Z", n))] for n in names]
+    return [re.sub("|".join(whole), lambda found: plain[found[0]], prompt) for prompt in prompts]
+
+
+def _kind(mask: Any) -> str:
+    return str(mask.dtype) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
 
 
 def _span(image: Tensor) -> str:

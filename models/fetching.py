@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 
 from models.errors import ModelError
@@ -34,11 +35,11 @@ def fetch(url: str, path: Path) -> Path:
     """
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _download(url, beside)
-    except OSError as error:  # urllib's errors among them
+    except (OSError, HTTPException) as error:  # urllib's errors among them
         raise ModelError(
             f"{path.name} is not in the cache and {url} cannot be fetched ({getattr(error, 'reason', error)}): connect "
             f"to the network and try again, or put the file at {path}"
@@ -62,12 +63,13 @@ def _download(url: str, beside: Path) -> None:
         raise
     with answer:
         have = have if answer.status == HTTPStatus.PARTIAL_CONTENT else 0
-        total = have + int(answer.headers["Content-Length"])
+        length = answer.headers["Content-Length"]
+        total = None if length is None else have + int(length)
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=beside.stem)
         with open(beside, "ab" if have else "wb") as file, bar:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if (found := beside.stat().st_size) != total:
+    if (found := beside.stat().st_size) != total and total is not None:
         raise OSError(f"the connection ended after {found} of {total} bytes")
     return None

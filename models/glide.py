@@ -18,7 +18,7 @@ from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
-from models.latent import Sampling
+from models.latent import PREDICTIONS, Sampling
 from models.offload import Offload, require_no_offload, visit
 from models.pixels import PixelModel
 from models.streaming import Window
@@ -68,7 +68,15 @@ class GlideModel(PixelModel):
             "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
             "the tokenizer's length and the text's": (self.tokenizer.length, text.length),
         }  # fmt: skip
+        if self.prediction not in PREDICTIONS:
+            raise ModelError(f"{self.source} predicts {self.prediction!r}; known are {', '.join(PREDICTIONS)}")
         if self.upsampler is not None:
+            if not (isinstance(self.upsampler, GlideModel) and self.upsampler.factor > 1) or self.factor > 1:
+                raise ModelError(
+                    f"{self.source}: the upsampler of a base model is a GLIDE that enlarges, and "
+                    f"{self.upsampler.source} does not enlarge what {self.source} draws"
+                )
+            pairs["whether this one and its upsampler are for inpainting"] = self.inpaints, self.upsampler.inpaints
             pairs["the upsampler's resolution and what it should make of this model's"] = (
                 self.upsampler.resolution, self.upsampler.factor * self.resolution,
             )  # fmt: skip

@@ -19,13 +19,13 @@ from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
 from models.kinds import GLIDE as GLIDE_KIND
 from models.kinds import STEM, kind_of
-from models.presets import GLIDE, GlidePreset, known_prediction
+from models.presets import GLIDE, GlidePreset
 from models.renaming import Layout
 from models.unet import UNet
 from models.weights import Part, fill, gather, on_meta
 
 KEY = "oneword.glide"
-PARTS = ("base", "upsample")
+PARTS, ENDINGS = (("base", "upsample"), ("base_inpaint", "upsample_inpaint")), (".safetensors", ".pt")
 
 
 def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
@@ -58,12 +58,16 @@ def of_preset(preset: GlidePreset, tokenizer: GlideTokenizer, source: str) -> Gl
 def cascade_files(folder: Path) -> list[Path]:
     """The base model's file in a folder, and the upsampler's if there is one; none if the folder holds no GLIDE.
 
-    Raises ModelError for an upsampler alone.
+    A folder of both pairs is that of the plain one. Raises ModelError for an upsampler alone.
     """
-    found = [next((p for s in (".safetensors", ".pt") if (p := folder / (name + s)).is_file()), None) for name in PARTS]
-    if found[1] and not found[0]:
-        raise ModelError(f"{folder} holds the upsampler {found[1].name} and no base.safetensors or base.pt: add it")
-    return [path for path in found if path is not None]
+    for parts in PARTS:
+        found = [next((p for s in ENDINGS if (p := folder / (name + s)).is_file()), None) for name in parts]
+        if found[1] and not found[0]:
+            base = " or ".join(parts[0] + ending for ending in ENDINGS)
+            raise ModelError(f"{folder} holds the upsampler {found[1].name} and no {base}: add it")
+        if found[0]:
+            return [path for path in found if path is not None]
+    return []
 
 
 def read_cascade(folder: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
@@ -108,5 +112,4 @@ def _understood(said: dict[str, Any]) -> tuple[GlidePreset, GlideTokenizer]:
     unet, text = unet_config(said.pop("unet")), GlideTextConfig(**said.pop("text"))
     require(said, {"factor": int, "resolution": int, "inpaints": bool, "schedule": dict})
     require_schedule(said["schedule"].get("name"), "its description")
-    known_prediction(said.get("prediction", "epsilon"), "its description")
     return GlidePreset(unet, text, **said), GlideTokenizer(merges, text.length)

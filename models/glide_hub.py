@@ -1,10 +1,11 @@
 """OpenAI's GLIDE files by their names, fetched once.
 
-A file counts as fetched only when all of its bytes have come and every tensor has the name and shape of the network
-that it should be.
+A file counts as fetched only when all of its bytes have come, and is only used if every tensor has the name and shape
+of the network that it should be; what is refused is named, to be removed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from models.files import Weights
 from models.glide import GlideModel
 from models.glide_file import read_glide
 from models.noisy_clip import NoisyClip, NoisyClipConfig
+from models.presets import GLIDE
 from models.renaming import Layout
 from models.weights import Part, fill, on_meta
 
@@ -29,7 +31,8 @@ def load_cascade(name: str, dtype: torch.dtype | str | None, device: torch.devic
 
     Raises ModelError if a file is neither in the cache nor can be fetched, or is not what it should be.
     """
-    base, upsampler = (_checked(path, dtype, device) for path in fetched(CASCADES[name]))
+    parts = CASCADES[name]
+    base, upsampler = (_checked(path, part, dtype, device) for part, path in zip(parts, fetched(parts)))
     return replace(base, source=name, upsampler=upsampler)
 
 
@@ -46,7 +49,8 @@ def load_noisy_clip(
     for path, encoder in zip(paths, (clip.text_encoder, clip.image_encoder)):
         if not path.is_file():
             raise ModelError(f"there is no {path}: a folder of CLIP holds clip_text_enc.pt and clip_image_enc.pt")
-        fill([Part(encoder, Layout())], Weights((path,)), dtype, torch.device(device))
+        with _to_be_removed(path, source == "glide"):
+            fill([Part(encoder, Layout())], Weights((path,)), dtype, torch.device(device))
     return clip
 
 
@@ -55,8 +59,19 @@ def fetched(parts: Sequence[str]) -> list[Path]:
     return fetch_all({f"{ADDRESS}/{part}.pt": cache("glide") / f"{part}.pt" for part in parts})
 
 
-def _checked(path: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
+def _checked(path: Path, part: str, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
+    with _to_be_removed(path):
+        model = read_glide(path, dtype, device)
+        for name, preset in GLIDE.items():
+            if model.unet.config == preset.unet and name != part:
+                raise ModelError(f"{path} is GLIDE's {name}, and should be its {part}")
+    return model
+
+
+@contextmanager
+def _to_be_removed(path: Path, fetched: bool = True) -> Iterator[None]:
+    """Say of what is wrong with a fetched file how to get another."""
     try:
-        return read_glide(path, dtype, device)
+        yield
     except ModelError as error:
-        raise ModelError(f"{error}; remove {path} to have it fetched anew") from error
+        raise ModelError(f"{error}; remove {path} to have it fetched anew" if fetched else str(error)) from error

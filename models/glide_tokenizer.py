@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ModelError
-from models.tokenizer import Tokens, expanded, fitted, padded
+from models.tokenizer import Tokens, by_owner, expanded, fitted, padded
 from models.vocabulary import byte_characters, read_merges
 
 END = "<|endoftext|>"
@@ -71,14 +71,18 @@ class GlideTokenizer:
         """Whether the text is one existing token, so that a placeholder of this name would shadow a word."""
         return 1 in (len(self.tokens_of(text)), len(self._ids(text)))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids of the vocabulary."""
-        return self._encoder.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], placeholders: Mapping[str, int] | None = None) -> str:
+        """The text of ids; a run of ids of one placeholder gives its name once."""
+        texts = []
+        for owner, run in by_owner(ids, placeholders or {}, self.vocab_size):
+            texts.append(self._encoder.decode(run, skip_special_tokens=False) if owner is None else " " + owner)
+        return "".join(texts)
 
     def encode(self, texts: Sequence[str], placeholders: Mapping[str, int] | None = None) -> Tokens:
         """Prompts to ids at full length; arguments and cutting as in `ClipTokenizer.encode`."""
-        rows = expanded(texts, dict(placeholders or {}), self.vocab_size, self._ids)
-        rows, cut = fitted(rows, self.room, lambda ids: self.decode([i for i in ids if i < self.vocab_size]))
+        placeholders = dict(placeholders or {})
+        rows = expanded(texts, placeholders, self.vocab_size, self._ids)
+        rows, cut = fitted(rows, self.room, lambda ids: self.decode(ids, placeholders))
         return padded(rows, self.length, self.end, cut)
 
     def _ids(self, text: str) -> list[int]:

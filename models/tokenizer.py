@@ -12,7 +12,7 @@ of from its table. So it cannot be split, it cannot corrupt a neighbour, and no 
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -108,12 +108,9 @@ class ClipTokenizer:
 
     def decode(self, ids: Sequence[int], placeholders: Mapping[str, int] | None = None) -> str:
         """The text of ids, lower-case; a run of ids of one placeholder gives its name once."""
-        owners = [name for name, count in (placeholders or {}).items() for _ in range(count)]
         words = []
-        for owner, run in groupby(
-            ids, lambda i: owners[i - self.vocab_size] if i >= self.vocab_size else None
-        ):
-            plain = self._encoder.decode(list(run), skip_special_tokens=False) if owner is None else owner
+        for owner, run in by_owner(ids, placeholders or {}, self.vocab_size):
+            plain = self._encoder.decode(run, skip_special_tokens=False) if owner is None else owner
             words.append(plain.replace(WORD_END, " ").strip())
         return " ".join(words)
 
@@ -146,6 +143,15 @@ def expanded(
         followed = [part.removesuffix(" ") if after in known else part for part, after in zip(parts, [*parts[1:], ""])]
         rows.append([token for part in followed for token in known.get(part) or ids_of(part)])
     return rows
+
+
+def by_owner(
+    ids: Sequence[int], placeholders: Mapping[str, int], vocab_size: int
+) -> Iterator[tuple[str | None, list[int]]]:
+    """Runs of ids, each with the placeholder whose they are; None for words of the vocabulary."""
+    owners = [name for name, count in placeholders.items() for _ in range(count)]
+    runs = groupby(ids, lambda i: owners[i - vocab_size] if i >= vocab_size else None)
+    return ((owner, list(run)) for owner, run in runs)
 
 
 def fitted(

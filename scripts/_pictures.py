@@ -52,6 +52,11 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
     pixels = [read_picture(folder / row["file"]) for row in rows]
     if len(sizes := {picture.shape[:2] for picture in pixels}) > 1:
         raise ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
+    (height, width), = sizes
+    if height != width or height < (size or 1):
+        raise ModelError(
+            f"the images of {folder} have {width}x{height} pixels: cut them square, at least as large as --size"
+        )
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     return images if size is None else functional.adaptive_avg_pool2d(images, size), rows
 

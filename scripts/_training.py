@@ -109,6 +109,7 @@ def require_sense(config: Any) -> None:
     """Raise ModelError for flags of a training that no training can have; config: a script's flags."""
     least = {"steps": 1, "batch_size": 1, "text_steps": 0, "save_every": 1, "size": 1, "seed": 0, "vocab_size": 1}
     least |= {"model_channels": 1, "head_channels": 1, "norm_groups": 1, "num_res_blocks": 1}
+    least |= {"text_width": 1, "text_layers": 1, "text_heads": 1, "context_length": 3}
     for name, minimum in least.items():
         value = getattr(config, name, None)
         if value is not None and value < minimum:

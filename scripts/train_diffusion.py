@@ -147,8 +147,7 @@ class Pictures:
         shape = model.x0_shape(model.resolution, model.resolution)
         noise = torch.randn(2, b, *shape, generator=g)
         x0 = model.draw_x0(self.moments[which], noise[0])
-        t = torch.rand(b, generator=g).double() + torch.arange(b)           # one a stratum; float32 would round up
-        t = (t * (schedule.steps / b)).long().clamp(max=schedule.steps - 1)
+        t = times(b, schedule.steps, g)
         x_t = schedule.q_sample(x0, t, noise[1])
         shown = model if self.small is None else model.given(shape[1:], self.small[which], None, None)
         output = shown.predict(x_t, t, model.encode_text(tokens))
@@ -160,6 +159,11 @@ class Pictures:
         dropout = 0.0 if isinstance(model, ClassModel) else 1.0
         losses = [self.loss(model, schedule, 64, generator(2**30, i), dropout) for i in range(8)]
         return torch.stack(losses).mean().item()
+
+
+def times(b: int, steps: int, g: torch.Generator) -> Tensor:
+    """(b,) int64 times in 0 … steps - 1, one in each of b strata. In float64: float32 would round the last one up."""
+    return ((torch.rand(b, generator=g).double() + torch.arange(b)) * (steps / b)).long()
 
 
 def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:

@@ -196,7 +196,7 @@ def starting_concept(config: Config, model: Model, at_least: int) -> Concept:
     """From a concept's file if --init names one, else from the vectors of its words."""
     word, file = word_and_file(config.init)
     if file.suffix not in (".safetensors", ".pt", ".bin"):
-        if file.is_file():
+        if len(file.name) < 256 and file.is_file():          # longer than any file's name
             raise InversionError(f"{file} is no file of learned vectors: those end in .safetensors, .pt or .bin")
         vectors = config.vectors
         if vectors is None:

@@ -104,6 +104,19 @@ def test_bound_at_time_zero_is_a_likelihood_of_pixels() -> None:
     assert variational_bound(schedule, noise, torch.ones_like(x0), edge, x_t, t).item() < 1
 
 
+def test_hybrid_is_the_same_bound_of_a_network_that_predicts_v() -> None:
+    schedule, t = Schedule("linear"), torch.tensor([1, 400, 900])
+    x0, noise, wrong, raw = torch.rand(4, 3, 3, 4, 4, dtype=torch.float64) * 2 - 1
+    x_t, alpha_bar = schedule.q_sample(x0, t, noise), schedule.alpha_bar(t)
+    guess = Prediction.from_x0(x_t, x0 + wrong, alpha_bar)
+    of_eps = hybrid_loss(schedule, torch.cat([guess.eps, raw], dim=1), x0, t, noise)
+    v = schedule.velocity(guess.x0, t, guess.eps)
+    of_v = hybrid_loss(schedule, torch.cat([v, raw], dim=1), x0, t, noise, "v_prediction")
+    torch.testing.assert_close(of_v.vb, of_eps.vb, rtol=1e-6, atol=0)   # eps and back divides by sqrt(alpha_bar), 0.02
+    # v - v' = (x_0' - x_0) / sqrt(1 - alpha_bar)
+    torch.testing.assert_close(of_v.mse, mse(guess.x0, x0) / (1 - alpha_bar).float(), rtol=1e-6, atol=0)
+
+
 def test_hybrid_trains_the_mean_by_the_error_alone() -> None:
     schedule, t = Schedule("squaredcos_cap_v2", steps=100), torch.tensor([0, 60])
     x0, noise = torch.rand(2, 2, 3, 4, 4) * 2 - 1

@@ -211,11 +211,25 @@ def test_karras_times_are_those_of_its_sigmas_with_glide_too() -> None:
 
 
 def test_a_mask_is_for_inpainting_models_only() -> None:
-    for model in (
-        tiny_glide(), tiny_model(), replace(tiny_glide(inpaints=True), upsampler=tiny_glide(factor=4)),
-    ):
+    for model in (tiny_glide(), tiny_model()):
         with pytest.raises(GuidanceError, match="is for inpainting models"):
             generate(model, "a dog", image=picture(16), mask=torch.ones(16, 16), steps=2)
+
+
+def test_an_upsampler_reads_what_a_word_began_as() -> None:
+    """Within the cascade and by itself; a word is no part of a longer one."""
+    concept = Concept("sks", torch.randn(2, 32), {"init": "dog", "family": tiny_glide().family})
+    prompt, plain = "two masks and one sks", "two masks and one dog"
+    assert inputs.in_plain_words([prompt], [concept]) == [plain]
+    upsampler, small = tiny_glide(factor=2), picture(16)
+    options = {"image": small, "steps": 2, "generator": 0, "height": 32, "width": 32}
+    drawn = generate(upsampler, prompt, concepts=[concept], **options)
+    assert torch.equal(drawn, generate(upsampler, plain, **options))
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    with pytest.raises(GuidanceError, match=r"has pixels, and this one is \(1, 3, 0, 0\)"):
+        generate(tiny_glide(inpaints=True), "a dog", image=torch.zeros(3, 0, 0), mask=torch.ones(0, 0))
 
 
 def test_keeping_is_consistent_in_eps() -> None:
@@ -268,6 +282,22 @@ class TestGradient:
         # to first order the rise is the step's length times the gradient, which carries the scale of 2
         rise = (1e-3 * gradient.abs() / 2).flatten(1).sum(dim=1)
         torch.testing.assert_close(after - before, rise, rtol=0.1, atol=0)
+
+    def test_clip_computes_in_its_own_dtype_and_says_what_it_wants(self) -> None:
+        torch.manual_seed(0)
+        clip = NoisyClip(NoisyClipConfig(16, 49408, 20, 2, 2, 16, 4, 2, 2, 1000, 8)).bfloat16()
+        x, level = torch.stack([picture(16), picture(16, 1)]), Level(300.0, 0.5)
+        assert clip_gradient(clip, ["a dog", "a cat"], 1.0)(x, level).dtype == x.dtype
+        for texts, images, said in (
+            (["a dog"], x, "1 texts want as many images of 3 channels and 16x16 pixels"),
+            (["a dog"], x[:1, :, :8, :8], r"\(1, 3, 8, 8\)"),
+            ("a dog", x, r"one an image, \['a dog'\]"),
+            ([], x, "no text"),
+        ):
+            with pytest.raises(GuidanceError, match=said):
+                clip_gradient(clip, texts, 1.0)(images, level)
+        with pytest.raises(GuidanceError, match="a GlideModel is no noise-aware CLIP"):
+            clip_gradient(tiny_glide(), ["a dog"], 1.0)
 
     def test_it_is_of_all_images_at_once(self) -> None:
         gradient = gradient_of(lambda x, t: x.flatten(1).sum(dim=1), 1.0)

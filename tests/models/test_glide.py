@@ -20,7 +20,7 @@ from models.presets import GLIDE
 from models.single_file import read_single_file
 from models.unet import UNet
 from models.weights import on_meta
-from tests.tiny import tiny_glide, tiny_glide_tokenizer
+from tests.tiny import tiny_glide, tiny_glide_tokenizer, tiny_model
 
 MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
 CLIP = {"glide_clip_text_enc": "text_encoder", "glide_clip_image_enc": "image_encoder"}
@@ -73,6 +73,8 @@ class TestTokenizer:
             tokens = GlideTokenizer.gpt2(3).encode(["a photo of dog"])
         assert tokens.mask.all()
         assert tokens.cut == [" dog"]
+        with pytest.warns(UserWarning, match="cut off: ' dog <o> dog'"):
+            tiny_glide_tokenizer().encode(["dog " * 24 + "<o> dog"], {"<o>": 2})
 
     def test_words_are_known_inside_a_sentence_and_at_its_beginning(self) -> None:
         tokenizer = GlideTokenizer.gpt2()
@@ -217,6 +219,31 @@ class TestFiles:
         models.save(tiny_glide(1, factor=4), tmp_path / "base.safetensors")
         with pytest.raises(ModelError, match=r"base\.safetensors is an upsampler"):
             models.load(tmp_path)
+
+    def test_a_folder_of_inpainting_files_is_one_too(self, tmp_path: Path) -> None:
+        models.save(tiny_glide(inpaints=True), tmp_path / "base_inpaint.safetensors")
+        models.save(tiny_glide(factor=4, inpaints=True), tmp_path / "upsample_inpaint.safetensors")
+        model = models.load(tmp_path)
+        assert (model.inpaints, model.upsampler.inpaints) == (True, True)
+        models.save(tiny_glide(), tmp_path / "base.safetensors")
+        assert not models.load(tmp_path).inpaints
+
+    @pytest.mark.parametrize(
+        "upsampler",
+        [tiny_glide(), tiny_model(), tiny_glide(factor=4, inpaints=True)],
+        ids=["base", "latent", "inpaint"],
+    )
+    def test_an_upsampler_that_is_none_for_this_model(self, upsampler: object) -> None:
+        with pytest.raises(ModelError, match="does not enlarge what tiny GLIDE:0 draws|are for inpainting differ"):
+            replace(tiny_glide(), upsampler=upsampler)
+        with pytest.raises(ModelError, match="does not enlarge"):
+            replace(tiny_glide(factor=4), upsampler=tiny_glide(factor=4))
+
+    def test_what_it_predicts_is_kept(self, tmp_path: Path) -> None:
+        models.save(replace(tiny_glide(), prediction="v_prediction"), tmp_path / "small.safetensors")
+        assert models.load(tmp_path / "small.safetensors").prediction == "v_prediction"
+        with pytest.raises(ModelError, match="predicts 'x'; known are epsilon, v_prediction"):
+            replace(tiny_glide(), prediction="x")
 
     def test_stable_diffusion_s_options_are_refused(self, tmp_path: Path) -> None:
         models.save(tiny_glide(), tmp_path / "base.safetensors")

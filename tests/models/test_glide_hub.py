@@ -113,6 +113,39 @@ def test_a_file_of_other_shapes_is_refused_by_name(server: type[Server], tmp_pat
         models.load("glide")
 
 
+def test_the_other_network_in_its_place_is_refused(server: type[Server]) -> None:
+    server.files["upsample.pt"] = server.files["base.pt"]
+    with pytest.raises(ModelError, match=r"upsample\.pt is GLIDE's base, and should be its upsample; remove"):
+        models.load("glide")
+
+
+def test_a_page_in_place_of_a_file_is_refused_by_name(server: type[Server]) -> None:
+    page = b"<html>please log in</html>"
+    server.files |= {"base.pt": page, "clip_text_enc.pt": page, "clip_image_enc.pt": page}
+    for load in (lambda: models.load("glide"), models.load_noisy_clip):
+        with pytest.raises(ModelError, match=r"\.pt.*remove .*\.pt to have it fetched anew"):
+            load()
+
+
+def test_a_server_that_does_not_say_how_long_a_file_is(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    send = server.send_header
+    monkeypatch.setattr(server, "send_header", lambda self, name, to: name == "Content-Length" or send(self, name, to))
+    assert models.load("glide").upsampler is not None
+
+
+def test_what_is_no_answer_and_no_place_are_said(
+    server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("a file, not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    with pytest.raises(ModelError, match=r"base\.pt is not in the cache and .* cannot be fetched"):
+        models.load("glide")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(server, "do_GET", lambda self: self.wfile.write(b"not http\r\n\r\n"))
+    with pytest.raises(ModelError, match=r"base\.pt is not in the cache and .* cannot be fetched"):
+        models.load("glide")
+
+
 def test_without_a_network_the_addresses_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: type[Server]
 ) -> None:

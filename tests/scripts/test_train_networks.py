@@ -18,6 +18,7 @@ import models
 from diffusion import Schedule
 from models import GlideModel, LatentModel
 from models.text import ClipText
+from tests.tiny import tiny_glide
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -200,12 +201,19 @@ def test_a_new_run_says_what_to_learn_from(tmp_path: Path) -> None:
         script("train_diffusion").main(diffusion_config(None, None, tmp_path / "run"))
 
 
+def test_no_time_lies_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for the largest number that torch.rand gives, which float32 rounds up in the last stratum."""
+    monkeypatch.setattr(torch, "rand", lambda b, generator: torch.full((b,), 1 - 2**-24))
+    times = script("train_diffusion").times(32, 1000, torch.Generator())
+    assert times.tolist() == [int(1000 * (i + 1) / 32 - 1e-6) for i in range(32)]
+
+
 def test_the_variance_is_trained_on_the_bound_and_eps_is_not() -> None:
     module, schedule = script("train_diffusion"), Schedule("squaredcos_cap_v2")
     output = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     x0, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     t = torch.tensor([300, 700])
-    module.objective(None, schedule, output, x0, t, noise).sum().backward()
+    module.objective(tiny_glide(), schedule, output, x0, t, noise).sum().backward()
     # the squared error alone, a mean over 48 numbers: what the bound adds to eps must be nothing at all
     torch.testing.assert_close(output.grad[:, :3], 2 * (output[:, :3] - noise).detach() / 48, rtol=1e-6, atol=1e-9)
     assert output.grad[:, 3:].abs().min() > 0
@@ -394,6 +402,16 @@ def test_captioned_images_of_two_sizes_are_refused(data: Path, tmp_path: Path) -
     Image.new("RGB", (16, 8)).save(tmp_path / "data" / "art" / "3.png")
     with pytest.raises(models.ModelError, match="different heights and widths"):
         script("_pictures").read_captioned(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("sides", "size"), [((16, 8), None), ((8, 8), 16)])
+def test_captioned_images_are_neither_squashed_nor_enlarged(
+    tmp_path: Path, sides: tuple[int, int], size: int | None
+) -> None:
+    Image.new("RGB", sides).save(tmp_path / "0.png")
+    (tmp_path / "captions.jsonl").write_text('{"file": "0.png", "name": "a", "captions": ["a"]}')
+    with pytest.raises(models.ModelError, match=f"have {sides[0]}x{sides[1]} pixels: cut them square"):
+        script("_pictures").read_captioned(tmp_path, size)
 
 
 def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
