@@ -29,10 +29,14 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
     Autograd cannot pass through it; `frozen` calls it where nothing is recorded. Its answer is no view of anything, so
     that it may be changed in place, as residual branches are.
     """
-    k = weight.shape[2]
-    windows = F.pad(x, 4 * (k // 2,)).unfold(2, k, stride).unfold(3, k, stride)                # (B, C_in, h, w, k, k)
-    patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].numel())                 # (B h w, C_in k k)
-    size = (len(x), len(weight), *windows.shape[2:4])
+    k, edge = weight.shape[2], weight.shape[2] // 2
+    height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, *4 * (edge,)))                                # (B, H + …, W + …, C_in)
+    seen = [
+        padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)
+    ]
+    patches = torch.stack(seen, dim=-1).view(-1, weight[0].numel())                            # (B h w, C_in k k)
+    size = (len(x), len(weight), height, width)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
     if bias is None:
