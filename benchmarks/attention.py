@@ -4,7 +4,7 @@
 
 This is the measurement that decides `models.attend.best_kind`: ours is the sliced one, the peer the fused one. One
 image, and of the guided batch the largest attention. "training" is forward and backward, with the gradients of all
-three inputs.
+three inputs; "mixed" is that with torch's kernel forward and slices backward.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ SHAPES = {
 WORKS = [
     Work(f"{direction}: {name}", dtype, shape.resolution)
     for dtype in ("float32", "bfloat16")
-    for direction in ("forward", "training")
+    for direction in ("forward", "training", "mixed")
     for name, shape in SHAPES.items()
 ]
 
@@ -55,15 +55,16 @@ def inputs(built: None, work: Work) -> tuple[str, Shape, list[Tensor], Tensor]:
     """The direction, the shape, q, k, v, and the gradient of the output."""
     direction, name = work.work.split(": ")
     shape, generator = SHAPES[name], torch.Generator().manual_seed(0)
-    sizes = [(shape.batch, shape.heads, n, shape.width) for n in (shape.rows, shape.columns, shape.columns, shape.rows)]
-    q, k, v, d_out = (torch.randn(size, generator=generator).to(getattr(torch, work.dtype)) for size in sizes)
-    return direction, shape, [x.requires_grad_(direction == "training") for x in (q, k, v)], d_out
+    sizes = [(shape.batch, n, shape.heads, shape.width) for n in (shape.rows, shape.columns, shape.columns, shape.rows)]
+    drawn = [torch.randn(size, generator=generator).to(getattr(torch, work.dtype)) for size in sizes]
+    q, k, v, d_out = (x.transpose(1, 2) for x in drawn)     # the heads of a token lie side by side, as in the networks
+    return direction, shape, [x.requires_grad_(direction != "forward") for x in (q, k, v)], d_out
 
 
 def start_ours(built: None, work: Work) -> Step:
     """Slices, as large as they are by default."""
     direction, shape, qkv, d_out = inputs(built, work)
-    forward = lambda: sliced_attention(*qkv, shape.causal)  # noqa: E731
+    forward = lambda: sliced_attention(*qkv, shape.causal, fused_forward=direction == "mixed")  # noqa: E731
     return forward if direction == "forward" else lambda: torch.autograd.grad(forward(), qkv, d_out)
 
 

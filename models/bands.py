@@ -21,7 +21,8 @@ Rows = Callable[[int, int], Tensor]
 
 def is_large(x: Tensor) -> bool:
     """Whether a map is worth it: on a CPU, from four bands on."""
-    return x.device.type == "cpu" and x.nbytes >= 4 * BAND_BYTES
+    nbytes = x.numel() * x.element_size()           # torch.compile knows no x.nbytes
+    return x.device.type == "cpu" and nbytes >= 4 * BAND_BYTES
 
 
 def convolved(rows: Rows, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:

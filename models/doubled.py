@@ -24,7 +24,7 @@ BAND_BYTES = 16 * 2**20     # of products at a time
 def is_worth_it(x: Tensor, weight: Tensor) -> bool:
     """Whether the convolution of twice(x) is better made here. x: (B, C, h, w), weight: (C_out, C, 3, 3).
 
-    Not in bfloat16: where products are that fast, the sums take as long as what they save.
+    Not in bfloat16: the sums take as long as what they save, and round two and a half times as much.
     """
     return x.device.type == "cpu" and x.dtype != torch.bfloat16 and LARGER * x.numel() > weight.numel()
 
