@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.group_norm import normed, statistics
-from models.layout import channels_last
+from models.layout import channels_last, empty
 
 BAND_BYTES = 4 * 2**20
 Rows = Callable[[int, int], Tensor]
@@ -50,13 +50,13 @@ def norm_silu_conv(
     def rows(first: int, last: int) -> Tensor:
         return F.silu(normed(x[:, :, first:last], mean, var, *norm, eps), inplace=True)
 
-    return convolved(rows, weight, bias, x if in_place else _empty(x, len(weight), x.shape[2:]))
+    return convolved(rows, weight, bias, x if in_place else empty(x, len(weight), *x.shape[2:]))
 
 
 def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """conv(twice(x)). x: (B, C, h, w), weight: (C_out, C, 3, 3). Returns (B, C_out, 2h, 2w)."""
     x, (height, width) = channels_last(x), x.shape[2:]
-    out = _empty(x, len(weight), (2 * height, 2 * width))
+    out = empty(x, len(weight), 2 * height, 2 * width)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     kernels = [[channels_last(k.to(weight.dtype)) for k in _halves(half, 3)] for half in _halves(wide, 2)]
     for first, last in _bands(x):
@@ -86,7 +86,3 @@ def _bands(x: Tensor) -> Iterator[tuple[int, int]]:
     height = x.shape[2]
     rows = max(1, BAND_BYTES * height // x.nbytes)
     return ((first, min(first + rows, height)) for first in range(0, height, rows))
-
-
-def _empty(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    return like.new_empty(len(like), channels, *size).to(memory_format=torch.channels_last)

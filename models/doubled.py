@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models.layout import channels_last
+from models.layout import empty
 
 LARGER = 64                 # for smaller maps, putting the weight in order costs more than it saves
 BAND_BYTES = 16 * 2**20     # of products at a time
@@ -39,7 +39,7 @@ class _DoubledConv(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         height, width = x.shape[2:]
-        y = channels_last(x.new_empty(len(x), len(weight), 2 * height, 2 * width))
+        y = empty(x, len(weight), 2 * height, 2 * width)
         taps = _taps(weight)
         for pixels, out in zip(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)):                  # (h, w, C), (2h, 2w, O)
             for first, last in _bands(height, width * taps[:, 0].nbytes):
@@ -54,7 +54,7 @@ class _DoubledConv(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         height, width = dy.shape[2] // 2, dy.shape[3] // 2
-        dx = channels_last(dy.new_empty(len(dy), weight.shape[1], height, width))
+        dx = empty(dy, weight.shape[1], height, width)
         taps = _taps(weight)
         for pixels, out in zip(dy.permute(0, 2, 3, 1), dx.permute(0, 2, 3, 1)):
             for first, last in _bands(height, width * taps[:, 0].nbytes):

@@ -19,6 +19,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
+def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """(B, channels, height, width), channels-last, for as many images as `like` has, in its dtype on its device."""
+    size = len(like), channels, height, width
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def laid_out(x: Tensor) -> Tensor:
     """(B, C, h, w), in memory as it is fastest on a CPU: large maps channels-last, small ones a channel at a time.
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layout import empty
+
 Pair = tuple[int, int]
 SMALLER = 8     # a map is small if the weight has more than so many times its numbers
 
@@ -36,8 +38,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
         padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)
     ]
     patches = torch.stack(seen, dim=-1).view(-1, weight[0].numel())                            # (B h w, C_in k k)
-    size = (len(x), len(weight), height, width)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty(x, len(weight), height, width)
     flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
     if bias is None:
         torch.mm(patches, weight.flatten(1).T, out=flat)
