@@ -67,7 +67,8 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     mean, var = statistics(x, groups)
     first_of_group = slice(None, None, x.shape[1] // groups)
     y = normed(x, mean, var, weight, bias, eps)
-    return y, mean[:, first_of_group], (var[:, first_of_group] + eps).rsqrt()
+    # contiguous: torch 2.13 reads the mean in its gradient as if it were
+    return y, mean[:, first_of_group].contiguous(), (var[:, first_of_group].contiguous() + eps).rsqrt()
 
 
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
