@@ -1,4 +1,4 @@
-"""Group norm with frozen weights, with what usually follows it: one operation, of which only the input is kept.
+"""Group norm with frozen weights, with what usually follows it: one operation, of which the input alone is kept whole.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias,   of each group of channels of each sample    (Wu & He 2018)
 
@@ -20,7 +20,7 @@ def frozen_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = False,
     scale: Tensor | None = None, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """group_norm(x) * (1 + scale) + shift, then perhaps SiLU; it keeps x, and scale and shift where they are.
+    """group_norm(x) * (1 + scale) + shift, then perhaps SiLU; it keeps x, its statistics, scale and shift.
 
     x: (B, C, h, w); weight, bias: (C,); scale, shift: (B, C, 1, 1), both or neither. Gradients of x, scale and shift.
     """
@@ -33,9 +33,10 @@ class _GroupNorm(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor,
         groups: int, eps: float, silu: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, scale, shift, weight, bias)
+        moments = () if plainly(x) else statistics(x, groups)
+        ctx.save_for_backward(x, scale, shift, weight, bias, *moments)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        y, _, _ = normalised(x, weight, bias, groups, eps)
+        y, _, _ = normalised(x, weight, bias, groups, eps, *moments)
         if scale is not None:
             y.mul_(1 + scale).add_(shift)
         return F.silu(y, inplace=True) if silu else y
@@ -43,8 +44,8 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, weight, bias = ctx.saved_tensors
-        y, mean, rstd = normalised(x, weight, bias, ctx.groups, ctx.eps)
+        x, scale, shift, weight, bias, *moments = ctx.saved_tensors
+        y, mean, rstd = normalised(x, weight, bias, ctx.groups, ctx.eps, *moments)
         dx = d_scale = d_shift = None
         if ctx.silu:
             dy = torch.ops.aten.silu_backward(dy, y if scale is None else torch.addcmul(shift, y, 1 + scale))
@@ -60,11 +61,21 @@ class _GroupNorm(torch.autograd.Function):
         return dx, d_scale, d_shift, None, None, None, None, None
 
 
-def normalised(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The group norm of x (B, C, h, w) in x's dtype, and each group's mean and 1 / sqrt(var + eps), (B, groups)."""
-    if x.device.type != "cpu" or x.is_contiguous():
+def plainly(x: Tensor) -> bool:
+    """Whether torch's own group norm is as exact as it should be."""
+    return x.device.type != "cpu" or x.is_contiguous()
+
+
+def normalised(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, mean: Tensor | None = None,
+    var: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The group norm of x (B, C, h, w) in x's dtype, and each group's mean and 1 / sqrt(var + eps), (B, groups).
+
+    mean, var: those of `statistics`; None lets torch do all.
+    """
+    if mean is None or var is None:
         return torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x[0, 0].numel(), groups, eps)
-    mean, var = statistics(x, groups)
     first_of_group = slice(None, None, x.shape[1] // groups)
     y = normed(x, mean, var, weight, bias, eps)
     # contiguous: torch 2.13 reads the mean in its gradient as if it were
