@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _measure import command, compare
+from _measure import GIB, command, compare
 from _networks import fill
 from _process import Side, Step, Work
 
@@ -35,9 +35,14 @@ PROMPT, BATCH, DOG = "an oil painting of a corgi", 4, 3290
 TEMPLATES = ["a photo of {}", "a picture of {} in the snow", "{} up close", "one {} in a garden"]
 
 
+def network_of(work: Work) -> str:
+    """The name of the network that does it."""
+    return "upsample" if work.work == "glide_upsampler_step" else "base"
+
+
 def build(work: Work) -> GlideModel:
     """One of the two networks in the dtype of the work."""
-    preset = GLIDE["upsample" if work.work == "glide_upsampler_step" else "base"]
+    preset = GLIDE[network_of(work)]
     with torch.device("meta"):
         networks = UNet(preset.unet), GlideText(preset.text)
     unet, text = (fill(network, getattr(torch, work.dtype)) for network in networks)
@@ -88,9 +93,20 @@ def inversion(model: GlideModel) -> Step:
 
 
 def measure() -> Iterator[dict[str, Any]]:
-    """The rows of WORKS."""
+    """The rows of WORKS; below each its memory with the weights."""
     for work in WORKS:
-        yield from compare([work], Side(build, start), None, rounds=2)
+        (row,) = compare([work], Side(build, start), None, rounds=2)
+        yield row
+        if row["ours_bytes_over_weights"] is not None:
+            print(f"{'':40} with its weights {(row['ours_bytes_over_weights'] + weights(work)) / GIB:.2f} GiB")
+
+
+def weights(work: Work) -> int:
+    """The bytes of a work's two networks."""
+    preset = GLIDE[network_of(work)]
+    with torch.device("meta"):
+        networks = UNet(preset.unet), GlideText(preset.text)
+    return sum(p.numel() for network in networks for p in network.parameters()) * getattr(torch, work.dtype).itemsize
 
 
 if __name__ == "__main__":
