@@ -2,7 +2,7 @@
 
 Torch reads the layout from the strides, that of the batch included, although with one image it moves nothing; and
 cutting or joining maps of one image leaves strides there from which it reads no layout at all. A convolution then
-copies its input, computes in the slower layout, and what follows copies back: 7 % of a training step.
+copies its input, computes in the slower layout, and what follows copies back: 0.4 of a training step's 8.3 seconds.
 """
 
 import torch
