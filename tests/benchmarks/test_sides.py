@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import _networks
+import glide
 import guided_step
 import inversion_step
 import load
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from diffusion import Schedule
 from inversion import Concept
 from inversion.objective import Batch, denoising_loss
-from models.presets import TINY
+from models.glide_text import GlideTextConfig
+from models.presets import COSINE, LINEAR, TINY, GlidePreset
 from models.sliced_attention import sliced_attention
+from models.unet import UNetConfig
 
 WORK = Work("a step", "float32", TINY.resolution)
 RATE, DECAY, EPSILON = 5e-4, 1e-2, 1e-8         # of AdamW in diffusers' example script
@@ -33,6 +36,25 @@ def test_guided_steps_are_one_step() -> None:
     peer = guided_step.start_peer(_networks.peer(WORK, TINY), WORK)
     for _ in range(2):
         close(ours(), peer())
+
+
+@pytest.mark.parametrize("work", ["glide_guided_step", "glide_upsampler_step", "glide_inversion_step"])
+def test_glides_steps_are_those_of_openais_code(work: str) -> None:
+    pytest.importorskip("glide_text2im", reason="OpenAI's code is on no registry")
+    enlarges = work == "glide_upsampler_step"
+    unet = UNetConfig(
+        6 if enlarges else 3, 6, 32, (1, 2), 1, (1, 2), None, 16, 32, attention="joint", resblock_updown=True,
+        scale_shift=True,
+    )  # fmt: skip
+    text = GlideTextConfig(4000, 16, 32, 2, 2, 128)
+    preset = GlidePreset(unet, text, LINEAR, 32, 4) if enlarges else GlidePreset(unet, text, COSINE, 16)
+    work = Work(work, "float32", preset.resolution)
+    answer, expected = (
+        glide.start_ours(glide.ours(work, preset), work)(), glide.start_peer(glide.peer(work, preset), work)(),
+    )  # fmt: skip
+    if work.work == "glide_inversion_step":
+        expected = expected[glide.DOG][None]
+    close(answer, expected)
 
 
 def test_the_peer_moves_its_new_row_as_adamw_would_and_no_other() -> None:
