@@ -11,6 +11,7 @@ from torch import nn
 
 from models import ClipTokenizer, LatentModel
 from models.configs import write_text, write_unet, write_vae
+from models.layout import converted
 from models.presets import SD1, Preset, untrained
 
 BLOCK = 2**20
@@ -29,9 +30,18 @@ def ours(work: Work, preset: Preset = SD1) -> LatentModel:
     """A model of this project in the dtype of the work, on the CPU, frozen."""
     with torch.device("meta"):
         model = untrained(preset)
+    dtype = getattr(torch, work.dtype)
     for network in (model.unet, model.vae, model.text):
-        fill(network, getattr(torch, work.dtype))
+        fill(network, dtype)
+        if dtype != torch.float32:
+            as_converted(network)
     return model
+
+
+def as_converted(network: nn.Module) -> None:
+    """Let kernels lie as `models.load` leaves them when it converts a file in float32."""
+    for parameter in network.parameters():
+        parameter.data = converted(parameter.data.float(), torch.device("cpu"), parameter.dtype)
 
 
 def peer(work: Work, preset: Preset = SD1, text_dtype: torch.dtype | None = None, words: int = 0) -> Peer:

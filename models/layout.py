@@ -1,4 +1,4 @@
-"""How maps lie in memory: a channel at a time, or channels-last, the channels of a position side by side.
+"""How maps and kernels lie in memory: a channel at a time, or channels-last, the channels of a position side by side.
 
 Torch reads the layout from the strides, that of the batch included, although with one image it moves nothing; and
 cutting or joining maps of one image leaves strides there from which it reads no layout at all. A convolution then
@@ -33,3 +33,13 @@ def laid_out(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x
     return channels_last(x) if x[0].numel() >= LARGE else x.contiguous()
+
+
+def converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A file's weight as a network has it: itself, if nothing is to be changed.
+
+    On a CPU the kernel of a convolution, if it is copied anyway, comes to lie channels-last, which torch's convolutions
+    read faster in both directions, mostly in bfloat16: 1.05 to 1.5 times.
+    """
+    last = weight.ndim == 4 and weight.dtype != dtype and device.type == "cpu"
+    return weight.to(device, dtype, memory_format=torch.channels_last if last else torch.preserve_format)

@@ -1,6 +1,8 @@
 """A convolution as one matrix product: for weights that are far larger than the map they are laid over.
 
-    y[l, o] = sum over c, i, j of x[l + (i, j), c] w[o, c, i, j]   =   patches(x) @ w^T,   w as (C_out, C_in k k)
+    y[l, o] = sum over c, i, j of x[l + (i, j), c] w[o, c, i, j]   =   patches(x) @ w^T,   w as (C_out, C_in k k),
+
+or, where the weight lies channels-last, (C_out, k k C_in), which makes copies of whole positions of the patches.
 
 A convolution's kernel brings the weight into an order of its own at every call; at the bottom of a UNet, 1280 channels
 wide and 8x8 small, that takes most of its time, and as much memory as the weight. The product reads the weight as it
@@ -37,13 +39,14 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
     seen = [
         padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)
     ]
-    patches = torch.stack(seen, dim=-1).view(-1, weight[0].numel())                            # (B h w, C_in k k)
+    matrix = _matrix(weight)
+    patches = torch.stack(seen, dim=-2 if _is_last(weight) else -1).view(-1, matrix.shape[1])  # (B h w, C_in k k)
     y = empty(x, len(weight), height, width)
     flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
     if bias is None:
-        torch.mm(patches, weight.flatten(1).T, out=flat)
+        torch.mm(patches, matrix.T, out=flat)
     else:
-        torch.addmm(bias, patches, weight.flatten(1).T, out=flat)
+        torch.addmm(bias, patches, matrix.T, out=flat)
     return y
 
 
@@ -52,12 +55,22 @@ def gradient(dy: Tensor, weight: Tensor, size: tuple[int, int], stride: int = 1)
 
     Returns (B, C_in, *size), channels-last; summed in float32.
     """
-    k, (height, width) = weight.shape[2], dy.shape[2:]
-    patches = dy.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ weight.flatten(1)              # (B h w, C_in k k)
-    patches = patches.view(-1, height, width, *weight.shape[1:])
+    channels, k, (height, width) = weight.shape[1], weight.shape[2], dy.shape[2:]
+    patches = dy.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ _matrix(weight)                # (B h w, C_in k k)
+    patches = patches.view(-1, height, width, *((k * k, channels) if _is_last(weight) else (channels, k * k)))
+    places = patches.unbind(-2 if _is_last(weight) else -1)                                    # (B, h, w, C_in) each
     edge, wide = k // 2, torch.promote_types(dy.dtype, torch.float32)
-    dx = dy.new_zeros(len(dy), size[0] + 2 * edge, size[1] + 2 * edge, weight.shape[1], dtype=wide)
+    dx = dy.new_zeros(len(dy), size[0] + 2 * edge, size[1] + 2 * edge, channels, dtype=wide)
     for i in range(k):
         for j in range(k):
-            dx[:, i : i + stride * height : stride, j : j + stride * width : stride] += patches[..., i, j]
+            dx[:, i : i + stride * height : stride, j : j + stride * width : stride] += places[i * k + j]
     return dx[:, edge : edge + size[0], edge : edge + size[1]].permute(0, 3, 1, 2).to(dy.dtype)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(C_out, C_in, k, k) -> (C_out, C_in k k) in the order in which it lies, the same memory."""
+    return (weight.permute(0, 2, 3, 1) if _is_last(weight) else weight).flatten(1)
+
+
+def _is_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last)

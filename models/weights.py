@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from models.errors import ModelError
 from models.files import Weights
+from models.layout import converted
 from models.processor import cpu_has_bfloat16
 from models.renaming import Layout, Stored, stored
 
@@ -85,7 +86,7 @@ def fill(
             opened = tensors if as_it_is else weights.open()
             for entry in some:
                 ours = entry.split(opened[entry.name])
-                state |= {name: tensor.to(device=device, dtype=wanted) for name, tensor in ours.items()}
+                state |= {name: converted(tensor, device, wanted) for name, tensor in ours.items()}
             del opened, ours
         part.network.load_state_dict(state, assign=True)
         part.network.requires_grad_(False)
