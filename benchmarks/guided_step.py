@@ -29,7 +29,7 @@ def start_ours(model: LatentModel, work: Work) -> Step:
         features = model.encode_text(model.tokenizer.encode(["", PROMPT]))
     levels = default_levels(Schedule(**model.schedule), "ddim", STEPS)
     x = first(model.x0_shape(work.resolution, work.resolution))
-    steps = SAMPLERS["ddim"](classifier_free_pair(bind(model, features), SCALE), x, levels)
+    steps = SAMPLERS["ddim"](classifier_free_pair(bind(model, features, times=2), SCALE), x, levels)
     return torch.no_grad()(lambda: next(steps).x)
 
 

@@ -86,8 +86,10 @@ class Chain:
         features = model.encode_text(model.tokenizer.encode(asked, self.placeholders), self.extra)
         if small is not None or kept is not None:
             model = model.given(self.shape[1:], small, *(kept or (None, None)))
-        denoise = bind(model, features)
-        denoise = denoise if self.scale in (0, 1) else classifier_free_pair(denoise, self.scale)
+        if self.scale in (0, 1):
+            denoise = bind(model, features)
+        else:
+            denoise = classifier_free_pair(bind(model, features, times=2), self.scale)
         if self.gradient is not None:
             denoise = with_gradient(denoise, self.gradient)
         if self.model.pixels:

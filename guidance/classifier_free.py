@@ -22,16 +22,24 @@ class Predictor(Protocol):
     prediction: str  # epsilon, v_prediction or sample
 
     def predict(self, x_t: Tensor, t: Tensor, features: Any) -> Tensor:
-        """x_t: (B, C, h, w); t: (B,) float; features: what the model's text encoder gave for B prompts."""
+        """x_t: (B, C, h, w); t: (B,) float; features: what the model's text encoder gave for B prompts.
+
+        Returns (B, C, h, w). Or x_t and t are b for B = k b prompts, of which every b are told of the same x_t.
+        """
         ...
 
 
-def bind(model: Predictor, features: Any) -> Denoiser:
-    """A denoiser with its prompts bound. features: of as many prompts as x_t will have samples."""
+def bind(model: Predictor, features: Any, times: int = 1) -> Denoiser:
+    """A denoiser with its prompts bound. features: of as many prompts as x_t will have samples.
+
+    times: how often x_t will hold the same samples, one run of them after the other, as with `classifier_free_pair`
+    twice; the model is shown one run, and computes once what does not depend on the prompts.
+    """
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
-        t = torch.full((len(x_t),), level.t, device=x_t.device)                                # (B,)
-        return predict(model.prediction, x_t, model.predict(x_t, t, features), level.alpha_bar)
+        shown = x_t[: len(x_t) // times]                                                       # (b, C, h, w)
+        t = torch.full((len(shown),), level.t, device=x_t.device)                              # (b,)
+        return predict(model.prediction, x_t, model.predict(shown, t, features), level.alpha_bar)
 
     return denoise
 

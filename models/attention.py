@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.attend import AttentionKind, attend, by_head, split
 from models.frozen import geglu
-from models.layers import Condition, Conv2d, GroupNorm, Linear, Pointwise, map_of, plus, tokens_of, zero
+from models.layers import Condition, Conv2d, GroupNorm, Linear, Pointwise, for_each, map_of, plus, tokens_of, zero
 
 PART_BYTES = 8 * 2**20     # of what a feed-forward has widened
 
@@ -102,6 +102,7 @@ class TransformerBlock(nn.Module):
             return self.ff.widen(self.norm3(x))
 
         x = plus(self.attn1.to_out(cond.run("attention", self, look, x)), x)
+        x = for_each(x, cond.context)
         x = plus(self.attn2.to_out(cond.run("attention", self, read, x, cond.context)), x)
         return x, cond.run("attention", self, think, x)
 
@@ -156,6 +157,7 @@ class JointAttention(nn.Module):
             k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
             return attend(q, k, v, kind=cond.attention)                             # (B, h*w, C)
 
+        x = for_each(x, cond.context)
         out = cond.run(cond.checkpointing, self, look, x, cond.context)
         return plus(map_of(self.proj_out(out), x.shape[2]), x)
 
@@ -192,7 +194,7 @@ class SpatialTransformer(nn.Module):
             return last.all_but_the_last(tokens, inner)
 
         tokens = last.last(*cond.run("blocks", self, transform, x, cond.context))
-        return plus(self._map(self.proj_out, tokens, x.shape[-2]), x)
+        return plus(self._map(self.proj_out, tokens, x.shape[-2]), for_each(x, tokens))
 
     def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
         if self.linear_proj:

@@ -144,7 +144,10 @@ class LatentModel:
         return TextFeatures(*visit(self, self.text, tokens.ids.to(self.device), extra))
 
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
-        """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,)."""
+        """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,).
+
+        Or x_t and t are b, and the features those of B = k b prompts, of which every b are told of the same x_t.
+        """
         x_t, context = x_t.to(self.dtype), features.context.to(self.dtype)
         how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
         return at_least_float32(self.unet(x_t, t.to(x_t.device), context, **how))

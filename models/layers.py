@@ -146,6 +146,11 @@ def plus(branch: Tensor, x: Tensor) -> Tensor:
     return branch + x if recorded_view or branch.dtype != x.dtype else branch.add_(x)
 
 
+def for_each(x: Tensor, told: Tensor) -> Tensor:
+    """x (b, …), as often as it is told something else, (k b, …): (k b, …), all of x in turn."""
+    return x if len(x) == len(told) else torch.cat([x] * (len(told) // len(x)))
+
+
 def tokens_of(x: Tensor) -> Tensor:
     """The positions of a map as tokens, (B, C, h, w) -> (B, h*w, C): of a channels-last map the same memory."""
     return x.flatten(2).transpose(1, 2)

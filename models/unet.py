@@ -31,6 +31,7 @@ from models.layers import (
     Upsample,
     conv3x3,
     doubled_conv,
+    for_each,
     half,
     plus,
     timestep_embedding,
@@ -130,7 +131,7 @@ class ResBlock(nn.Module):
         def before_the_last(x: Tensor, emb: Tensor) -> Tensor:
             h = first_norm(x)
             h = doubled_conv(first_conv, h) if self.resample is twice else first_conv(self.resample(h))
-            emb = self.emb_layers(emb)[:, :, None, None]                                       # (B, C_out (· 2), 1, 1)
+            emb = for_each(self.emb_layers(emb)[:, :, None, None], h)                          # (B, C_out (· 2), 1, 1)
             return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
 
         first_norm, _, first_conv = self.in_layers
@@ -251,11 +252,15 @@ class UNet(Descent):
         x: (B, in_channels, h, w) in the network's dtype, h and w multiples of `config.factor`.
         t: (B,) times in 0..999, integer or fractional. context: (B, L, context_dim), where the attention reads one.
         pooled: (B, 4 * model_channels), a text (GLIDE) or a class in one vector, added to the time's, or None.
+        x and t may be b, for which B = k b texts stand, each told all of them in turn: what comes before the first text
+        is read is then computed once.
         checkpointing, attention, window: how, see `Condition`; answers and gradients are the same.
         Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none.
         """
         require_choice("checkpointing", checkpointing, Checkpointing)
         require_choice("attention", attention, AttentionKind)
+        if pooled is not None:                                                                 # every layer is told
+            x, t = for_each(x, pooled), for_each(t, pooled)
         emb = self.embedded(t, x.dtype)                                                        # (B, E)
         cond = Condition(emb if pooled is None else emb + pooled, context, checkpointing, attention, window)
         skips = []
@@ -264,5 +269,5 @@ class UNet(Descent):
             skips.append(x)
         x = self.middle_block(x, cond)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), cond)
+            x = stage(torch.cat([x, for_each(skips.pop(), x)], dim=1), cond)
         return self.out(x).contiguous()
