@@ -24,7 +24,7 @@ class Predictor(Protocol):
     def predict(self, x_t: Tensor, t: Tensor, features: Any) -> Tensor:
         """x_t: (B, C, h, w); t: (B,) float; features: what the model's text encoder gave for B prompts.
 
-        Returns (B, C, h, w). Or x_t and t are b for B = k b prompts, of which every b are told of the same x_t.
+        Returns (B, C, h, w). A model that `shares` takes b of x_t and t for B = k b prompts, too, every b of the same.
         """
         ...
 
@@ -32,9 +32,10 @@ class Predictor(Protocol):
 def bind(model: Predictor, features: Any, times: int = 1) -> Denoiser:
     """A denoiser with its prompts bound. features: of as many prompts as x_t will have samples.
 
-    times: how often x_t will hold the same samples, one run of them after the other, as with `classifier_free_pair`
-    twice; the model is shown one run, and computes once what does not depend on the prompts.
+    times: how often x_t will hold the same samples, one run of them after the other; `classifier_free_pair` gives them
+    twice. A model that `shares` is shown one run, and computes once what does not depend on the prompts.
     """
+    times = times if getattr(model, "shares", False) else 1
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         shown = x_t[: len(x_t) // times]                                                       # (b, C, h, w)

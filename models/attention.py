@@ -9,17 +9,31 @@ cross-attention to the context and a gated feed-forward, each with its own layer
 import torch
 from torch import Tensor, nn
 
+from models import fused_linear
 from models.attend import AttentionKind, attend, by_head, split
+from models.checkpointing import records
 from models.frozen import geglu
-from models.layers import Condition, Conv2d, GroupNorm, Linear, Pointwise, for_each, map_of, plus, tokens_of, zero
+from models.layers import (
+    Condition,
+    Conv2d,
+    GroupNorm,
+    Linear,
+    Pointwise,
+    for_each,
+    map_of,
+    plus,
+    plus_linear,
+    tokens_of,
+    zero,
+)  # fmt: skip
 
-PART_BYTES = 8 * 2**20     # of what a feed-forward has widened
+PART_BYTES, PART_ROWS = 8 * 2**20, 512     # of what a feed-forward has widened; products of fewer rows are slower
 
 
 class Attention(nn.Module):
     """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does.
 
-    What forward returns is what the heads found; `to_out` is left to the caller, see TransformerBlock.
+    What forward returns is what the heads found; `added` is left to the caller, see TransformerBlock.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
@@ -34,6 +48,9 @@ class Attention(nn.Module):
         q, k, v = (by_head(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return attend(q, k, v, kind=kind)
 
+    def added(self, x: Tensor, found: Tensor) -> Tensor:                            # (B, N, C) both
+        return plus_linear(x, self.to_out[0], found)
+
 
 class GEGLU(nn.Module):
     """A linear layer whose second half, through GELU, gates the first (Shazeer 2020, GEGLU).
@@ -47,19 +64,26 @@ class GEGLU(nn.Module):
         self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
+        if fused_linear.is_worth_it(x):
+            return fused_linear.linear_geglu(x, self.proj.weight, self.proj.bias)
         rows = self.rows(x)
         if x.device.type != "cpu" or x.shape[:2].numel() <= rows:
             return geglu(self.proj(x))
-        parts = [geglu(self.proj(part)) for part in x.flatten(0, 1).split(rows)]
-        return torch.cat(parts).unflatten(0, x.shape[:2])
+        parts = x.flatten(0, 1).split(rows)
+        if records():
+            return torch.cat([geglu(self.proj(part)) for part in parts]).unflatten(0, x.shape[:2])
+        y = x.new_empty(*x.shape[:2], self.proj.out_features // 2)
+        for part, out in zip(parts, y.flatten(0, 1).split(rows)):
+            out.copy_(geglu(self.proj(part)))
+        return y
 
     def rows(self, x: Tensor) -> int:
-        """How many tokens are widened at a time: as many as take PART_BYTES then."""
-        return max(1, PART_BYTES // (self.proj.out_features * x.element_size()))
+        """How many tokens are widened at a time: as many as take PART_BYTES then, or PART_ROWS."""
+        return max(PART_ROWS, PART_BYTES // (self.proj.out_features * x.element_size()))
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, `widen`, and back, `narrow`. (The published names leave a gap for a dropout.)"""
+    """GEGLU to four times the width, `widen`, and back, `added`. (The published names leave a gap for a dropout.)"""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -68,8 +92,8 @@ class FeedForward(nn.Module):
     def widen(self, x: Tensor) -> Tensor:                                           # (B, N, C) -> (B, N, 4C)
         return self.net[0](x)
 
-    def narrow(self, x: Tensor) -> Tensor:                                          # (B, N, 4C) -> (B, N, C)
-        return self.net[2](x)
+    def added(self, x: Tensor, widened: Tensor) -> Tensor:                          # (B, N, C), (B, N, 4C)
+        return plus_linear(x, self.net[2], widened)
 
 
 class TransformerBlock(nn.Module):
@@ -101,13 +125,13 @@ class TransformerBlock(nn.Module):
         def think(x: Tensor) -> Tensor:
             return self.ff.widen(self.norm3(x))
 
-        x = plus(self.attn1.to_out(cond.run("attention", self, look, x)), x)
+        x = self.attn1.added(x, cond.run("attention", self, look, x))
         x = for_each(x, cond.context)
-        x = plus(self.attn2.to_out(cond.run("attention", self, read, x, cond.context)), x)
+        x = self.attn2.added(x, cond.run("attention", self, read, x, cond.context))
         return x, cond.run("attention", self, think, x)
 
     def last(self, x: Tensor, thought: Tensor) -> Tensor:
-        return plus(self.ff.narrow(thought), x)
+        return self.ff.added(x, thought)
 
 
 class ImageAttention(nn.Module):
@@ -194,14 +218,15 @@ class SpatialTransformer(nn.Module):
             return last.all_but_the_last(tokens, inner)
 
         tokens = last.last(*cond.run("blocks", self, transform, x, cond.context))
-        return plus(self._map(self.proj_out, tokens, x.shape[-2]), for_each(x, tokens))
+        return self._added(for_each(x, tokens), tokens)
 
     def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
         if self.linear_proj:
             return project(tokens_of(x))
         return tokens_of(project(x))
 
-    def _map(self, project: nn.Module, tokens: Tensor, height: int) -> Tensor:
-        if self.linear_proj:
-            return map_of(project(tokens), height)
-        return project(map_of(tokens, height))
+    def _added(self, x: Tensor, tokens: Tensor) -> Tensor:                          # (B, C, h, w), (B, h*w, C)
+        project, height = self.proj_out, x.shape[-2]
+        if self.linear_proj or fused_linear.is_worth_it(tokens):
+            return map_of(plus_linear(tokens_of(x), project, tokens), height)
+        return plus(project(map_of(tokens, height)), x)

@@ -7,6 +7,7 @@ input a function, and one function's own memory at a time; the price is the seco
 Source: Chen et al. 2016, Training deep nets with sublinear memory cost.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 Checkpointing = Literal["none", "attention", "blocks"]
+_here = threading.local()
 
 
 def checkpoint(
@@ -35,6 +37,14 @@ def checkpoint(
     return _Checkpoint.apply(function, len(inputs), *inputs, *trained)
 
 
+def records() -> bool:
+    """Whether a gradient may go back through what is computed now: not under no_grad, but in a checkpoint's first run.
+
+    A layer that computes otherwise where none can asks this, so that both runs give the same bits.
+    """
+    return torch.is_grad_enabled() or getattr(_here, "runs_first", False)
+
+
 class _Checkpoint(torch.autograd.Function):
     """apply(function, n, *inputs, *weights): the first n tensors are the function's arguments.
 
@@ -46,7 +56,11 @@ class _Checkpoint(torch.autograd.Function):
         ctx.function, ctx.n, ctx.again = function, n, _as_it_is_now(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        return function(*tensors[:n])
+        outside, _here.runs_first = records(), True
+        try:
+            return function(*tensors[:n])
+        finally:
+            _here.runs_first = outside
 
     @staticmethod
     @once_differentiable

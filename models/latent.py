@@ -50,6 +50,7 @@ class LatentModel:
     "epsilon" or "v_prediction". resolution: side of the square images that it was trained on, in pixels.
     source: where it is from.
     names, kept: how the loaded file named its tensors, and those of them that no network uses, for `save`.
+    shares: `predict` takes one x_t for several prompts, and computes once what comes before the first is read.
     checkpointing, attention: how `predict` runs the UNet, see models.layers.Condition; answers are the same.
     offload, window: what waits in host memory while it does not compute, as `models.load` placed it. released: the
     VAE has left for good.
@@ -67,6 +68,7 @@ class LatentModel:
     resolution: int
     source: str
     pixels: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     factor: ClassVar[int] = 1
     upsampler: ClassVar[None] = None
     names: dict[str, str] = field(default_factory=dict)

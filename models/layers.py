@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import bands, doubled, frozen
+from models import bands, doubled, frozen, fused_linear
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
 from models.group_norm import frozen_group_norm
@@ -116,6 +116,13 @@ def plus_conv(h: Tensor, conv: Conv2d, x: Tensor) -> Tensor:
     if goes_in_bands(conv, x):
         return bands.plus_pointwise(h, x, conv.weight, conv.bias)
     return plus(h, conv(x))
+
+
+def plus_linear(h: Tensor, layer: Linear | Conv2d, x: Tensor) -> Tensor:
+    """h + layer(x), of tokens; a 1x1 convolution only where `fused_linear` says so."""
+    if fused_linear.is_worth_it(x):
+        return fused_linear.linear_plus(h, x, layer.weight.flatten(1), layer.bias)
+    return plus(layer(x), h)
 
 
 def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:

@@ -41,5 +41,10 @@ def converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
     On a CPU the kernel of a convolution, if it is copied anyway, comes to lie channels-last, which torch's convolutions
     read faster in both directions, mostly in bfloat16: 1.05 to 1.5 times.
     """
+    return weight.to(device, dtype, memory_format=format_of(weight, device, dtype))
+
+
+def format_of(weight: Tensor, device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """How `converted` lays a weight."""
     last = weight.ndim == 4 and weight.dtype != dtype and device.type == "cpu"
-    return weight.to(device, dtype, memory_format=torch.channels_last if last else torch.preserve_format)
+    return torch.channels_last if last else torch.preserve_format

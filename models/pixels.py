@@ -72,8 +72,7 @@ class PixelModel:
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         """The UNet's raw answer (B, 3 or 6, H, W), float32: eps, then perhaps where the variance lies, in [-1, 1].
 
-        x_t: (B, 3, H, W) at times t (B,), or b of each for the features of B = k b prompts, of which every b are told of
-        the same x_t. An inpainting network keeps nothing, see `given`. Raises ModelError for an
+        x_t: (B, 3, H, W) at times t (B,). An inpainting network keeps nothing, see `given`. Raises ModelError for an
         upsampler, which has nothing to enlarge.
         """
         if self.factor > 1:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpointing import checkpoint
+from models.layout import format_of
 
 PLACES = 2
 ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes or more
@@ -91,7 +92,7 @@ class CopyBeside:
     ) -> torch.cuda.Event:
         if self.sent[place] is not None:
             self.sent[place].synchronize()           # what was pinned there before has left
-        pinned = views(self.pinned[place], host)
+        pinned = views(self.pinned[place], device)
         for source, target in zip(host, pinned):
             target.copy_(source)
         with torch.cuda.stream(self.stream):
@@ -162,11 +163,11 @@ def extent(weights: Iterable[Tensor]) -> int:
 
 
 def views(place: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
-    """Tensors of the weights' shapes and memory formats, one after the other in a place."""
+    """Tensors as `converted` would lay the weights, one after the other in a place."""
     found, start = [], 0
     for w in weights:
         piece = place[start : start + w.numel()]
-        channels_last = w.ndim == 4 and w.is_contiguous(memory_format=torch.channels_last)
-        found.append(piece.as_strided(w.shape, w.stride(), start) if channels_last else piece.view(w.shape))
+        like = torch.empty_like(w, device="meta", memory_format=format_of(w, place.device, place.dtype))
+        found.append(piece.as_strided(w.shape, like.stride(), start))
         start += extent([w])
     return found

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.frozen import conv2d
 from models.group_norm import frozen_group_norm
 from models.layers import plus
-from models.layout import LARGE, channels_last, laid_out
+from models.layout import LARGE, channels_last, converted, laid_out
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -48,6 +48,17 @@ def test_no_kernel_copies_a_map_for_an_odd_stride_of_the_batch(function: object)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         torch.autograd.grad(function(x), x, dy)
     assert not [event for event in seen.events() if event.name == "aten::copy_" and [*x.shape] in event.input_shapes]
+
+
+def test_a_kernel_that_is_converted_on_a_cpu_comes_to_lie_channels_last() -> None:
+    weight, cpu = torch.randn(6, 4, 3, 3), torch.device("cpu")
+    found = converted(weight, cpu, torch.bfloat16)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, weight.bfloat16())
+    assert converted(weight, cpu, torch.float32) is weight                                     # the file's own memory
+    for other in (torch.device("meta"), cpu):
+        y = converted(weight if other.type == "meta" else weight.flatten(1), other, torch.bfloat16)
+        assert y.is_contiguous()
 
 
 def test_a_branch_that_is_a_view_is_not_written_while_autograd_records() -> None:

@@ -84,6 +84,38 @@ def test_in_single_precision(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_level_repeats_itself_to_the_bit_in_half_precision(kind: str) -> None:
+    """There layers round otherwise where no gradient is wanted, which a checkpoint's first run must not."""
+    unet = network(kind, torch.bfloat16).requires_grad_(False)
+    wanted = {"context"} if "self" not in kind else {"pooled"}
+    plain = gradients(unet, wanted)
+    for level in LEVELS[1:]:
+        out, found = gradients(unet, wanted, level)
+        assert torch.equal(out, plain[0])
+        assert all(torch.equal(found[name], plain[1][name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_one_image_may_be_told_several_texts(kind: str, pooled: bool) -> None:
+    unet, given, times = network(kind, torch.float64).requires_grad_(False), inputs(torch.float64), (3, 700)
+    texts = torch.cat([given["context"], given["context"].flip(0, 1), 2 * given["context"]]).requires_grad_()
+    told = torch.cat([given["pooled"], -given["pooled"], 0 * given["pooled"]]) if pooled else None
+    if "self" in kind and not pooled:
+        texts = None                                                           # nothing tells them apart
+    found, wanted = (
+        unet(given["x"].repeat(k, 1, 1, 1), torch.tensor(times * k), texts, told, level)
+        for k, level in ((1, "blocks"), (1 if texts is None else 3, "none"))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)      # a few hundred float64 roundings of 2e-16
+    if texts is not None and "self" not in kind:
+        assert not torch.allclose(found[:2], found[2:4], atol=1e-2)
+        weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
+        mine, theirs = (torch.autograd.grad((y * weights).sum(), texts)[0] for y in (found, wanted))
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_keeps_its_inputs_and_nothing_else(kind: str) -> None:
     unet, storages = network(kind, torch.float32), {}
 

@@ -20,8 +20,12 @@ def channels_last(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (5, 1), (1, 2), (3, 2), (3, 3)])
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
 @pytest.mark.parametrize("lay_out", [Tensor.contiguous, channels_last])
-def test_value_and_gradient(kernel: int, stride: int, size: tuple[int, int], lay_out: object) -> None:
-    x, weight, bias = lay_out(numbers(2, 3, *size)), numbers(5, 3, kernel, kernel, seed=1), numbers(5, seed=2)
+@pytest.mark.parametrize("lay_kernel", [Tensor.contiguous, channels_last])
+def test_value_and_gradient(
+    kernel: int, stride: int, size: tuple[int, int], lay_out: object, lay_kernel: object
+) -> None:
+    x, bias = lay_out(numbers(2, 3, *size)), numbers(5, seed=2)
+    weight = lay_kernel(numbers(5, 3, kernel, kernel, seed=1))
     wanted = F.conv2d(x.requires_grad_(), weight, bias, stride, padding=kernel // 2)
     dy = lay_out(numbers(*wanted.shape, seed=3))
     (dx,) = torch.autograd.grad(wanted, x, dy)

@@ -1,0 +1,76 @@
+"""Linear layers with what follows them, against the same in float64: nearer to it than one operation after another."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import fused_linear
+from models.checkpointing import checkpoint
+from models.fused_linear import is_worth_it, linear_geglu, linear_plus
+from models.layers import Linear, plus_linear
+
+pytestmark = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor multiplies in float32 alone"
+)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative, of the root mean squares."""
+    return ((found.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def layer(c_in: int, c_out: int) -> tuple[Tensor, Tensor]:
+    return numbers(c_out, c_in, seed=1) / 8, numbers(c_out, seed=2)
+
+
+def roundings(found: Tensor, exact: Tensor) -> float:
+    """How many roundings to bfloat16 explain the error: those of independent ones add in their squares."""
+    return (error(found, exact) / error(exact.bfloat16(), exact)) ** 2
+
+
+@pytest.mark.parametrize("tokens", [(2, 96), (1, 5)])
+def test_a_layer_and_its_addition_are_rounded_once(tokens: tuple[int, int]) -> None:
+    x, h, (weight, bias) = numbers(*tokens, 64), numbers(*tokens, 48, seed=3), layer(64, 48)
+    exact = h.double() + F.linear(x.double(), weight.double(), bias.double())
+    # one, and sums in float32 add a thousandth; one operation after another was found at 1.8
+    assert roundings(linear_plus(h, x, weight, bias), exact) < 1.2
+    assert roundings(linear_plus(h, x, weight, None), exact - bias.double()) < 1.2
+    assert roundings(F.linear(x, weight, bias) + h, exact) > 1.4
+
+
+def test_geglu() -> None:
+    x, (weight, bias) = numbers(2, 96, 64), layer(64, 160)
+    value, gate = F.linear(x.double(), weight.double(), bias.double()).chunk(2, dim=-1)
+    found = linear_geglu(x, weight, bias)
+    assert found.shape == (2, 96, 80)
+    assert roundings(found, value * F.gelu(gate)) < 2.2      # the gate's, and its own; 4.2 one by one
+
+
+def test_only_where_no_gradient_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    x = numbers(1, 4, 8)
+    assert not is_worth_it(x)
+    with torch.no_grad():
+        assert is_worth_it(x)
+        assert not is_worth_it(x.float())
+        assert not is_worth_it(x.to("meta"))
+    seen = []
+    y = checkpoint(lambda x: (seen.append(is_worth_it(x)), 2 * x)[1], x.requires_grad_())
+    y.sum().backward()
+    assert seen == [False, False]                                                              # both runs
+    with torch.no_grad():
+        assert is_worth_it(x)
+
+
+@torch.no_grad()
+def test_layers_take_this_way_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "linear_plus", lambda h, x, weight, bias: "fused")
+    project, x, h = Linear(8, 4).bfloat16(), numbers(1, 3, 8), numbers(1, 3, 4)
+    for pays in (True, False):
+        monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda pays=pays: pays)
+        assert isinstance(plus_linear(h, project, x), str) == pays
