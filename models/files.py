@@ -7,7 +7,7 @@ as it is while a model that was loaded from it is in use; replacing it by renami
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,32 @@ class Weights:
 
     files: tuple[Path, ...]
 
-    def open(self) -> dict[str, Tensor]:
-        """Every tensor by its name, mapped anew. Raises ModelError for a file that cannot be read."""
-        return {key: tensor for file in self.files for key, tensor in open_tensors(file).items()}
+    def open(self, only: Container[str] | None = None) -> dict[str, Tensor]:
+        """Every tensor by its name, or only those of some names, mapped anew. Raises ModelError as `open_tensors`."""
+        return {key: tensor for file in self.files for key, tensor in open_tensors(file, only).items()}
 
     def __str__(self) -> str:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
-def open_tensors(path: str | Path) -> dict[str, Tensor]:
+def open_tensors(path: str | Path, only: Container[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a pickle (.ckpt, .pt, .bin), by name, mapped into memory.
 
+    only: names, if not all are wanted.
     A `state_dict` around the tensors is taken off; what is not a tensor is left out. Raises ModelError for a
     file that is missing, truncated, a git-lfs pointer, or something else.
     """
     path = Path(path)
     refuse_unreadable(path)
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        return _open_safetensors(path, only)
     content = read_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    found = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    return {key: tensor for key, tensor in found.items() if only is None or key in only}
 
 
 def refuse_unreadable(path: Path) -> None:
@@ -75,12 +77,13 @@ def metadata(path: Path) -> dict[str, str]:
         raise ModelError(f"{path} cannot be read; it is truncated or damaged ({error})") from error
 
 
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
+def _open_safetensors(path: Path, only: Container[str] | None) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            names = file.keys()                                         # it is no mapping
+            return {key: file.get_tensor(key) for key in names if only is None or key in only}
     except SafetensorError as error:
         raise ModelError(f"{path} cannot be read; it is truncated or damaged ({error})") from error
 

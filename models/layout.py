@@ -6,9 +6,11 @@ copies its input, computes in the slower layout, and what follows copies back: 0
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGE = 2**16     # numbers of an image's map
+PART = 2**18      # numbers of a kernel that are put in order at a time, in the processor's cache
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -39,9 +41,17 @@ def converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
     """A file's weight as a network has it: itself, if nothing is to be changed.
 
     On a CPU the kernel of a convolution, if it is copied anyway, comes to lie channels-last, which torch's convolutions
-    read faster in both directions, mostly in bfloat16: 1.05 to 1.5 times.
+    read faster in both directions, mostly in bfloat16: 1.05 to 1.5 times. torch's own copy takes three times as long as
+    its shuffle of channels, C groups of k k becoming k k of C, which is the same.
     """
-    return weight.to(device, dtype, memory_format=format_of(weight, device, dtype))
+    if format_of(weight, device, dtype) != torch.channels_last or weight[0, 0].numel() == 1:
+        return weight.to(device, dtype)
+    last = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
+    rows = max(1, PART // weight[0].numel())
+    for some, out in zip(weight.split(rows), last.permute(0, 2, 3, 1).flatten(1).split(rows)):
+        numbers = channels_last(some.float().reshape(len(some), -1, 1, 1))                     # (rows, C k k, 1, 1)
+        out.copy_(F.channel_shuffle(numbers, weight.shape[1]).flatten(1))                      # (rows, k k C)
+    return last
 
 
 def format_of(weight: Tensor, device: torch.device, dtype: torch.dtype) -> torch.memory_format:

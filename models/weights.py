@@ -83,7 +83,7 @@ def fill(
         as_it_is = device.type == "cpu" and all(tensors[entry.name].dtype == wanted for entry in entries)
         state: dict[str, Tensor] = {}
         for some in [entries] if as_it_is else _batches(entries):
-            opened = tensors if as_it_is else weights.open()
+            opened = tensors if as_it_is else weights.open({entry.name for entry in some})
             for entry in some:
                 ours = entry.split(opened[entry.name])
                 state |= {name: converted(tensor, device, wanted) for name, tensor in ours.items()}

@@ -111,6 +111,7 @@ def test_files_are_mapped(tmp_path: Path, lies_in: Callable[[torch.Tensor, Path]
     tensors = open_tensors(file)
     assert_holds_state(tensors)
     assert all(lies_in(tensor, file) for tensor in tensors.values())
+    assert open_tensors(file, only={"a", "c"}).keys() == {"a"}
 
 
 class TestUnreadable:

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.frozen import conv2d
 from models.group_norm import frozen_group_norm
 from models.layers import plus
-from models.layout import LARGE, channels_last, converted, laid_out
+from models.layout import LARGE, PART, channels_last, converted, laid_out
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -50,11 +50,23 @@ def test_no_kernel_copies_a_map_for_an_odd_stride_of_the_batch(function: object)
     assert not [event for event in seen.events() if event.name == "aten::copy_" and [*x.shape] in event.input_shapes]
 
 
-def test_a_kernel_that_is_converted_on_a_cpu_comes_to_lie_channels_last() -> None:
-    weight, cpu = torch.randn(6, 4, 3, 3), torch.device("cpu")
-    found = converted(weight, cpu, torch.bfloat16)
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (7, 1, 3, 3), (5, 8, 1, 1), (2 * PART // (9 * 64) + 3, 64, 3, 3)])
+@pytest.mark.parametrize(
+    ("read", "wanted"),
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float64, torch.bfloat16)],
+)
+def test_a_kernel_that_is_converted_on_a_cpu_comes_to_lie_channels_last(
+    shape: tuple[int, ...], read: torch.dtype, wanted: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(read)
+    found = converted(weight, torch.device("cpu"), wanted)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(found, weight.bfloat16())
+    assert found.dtype == wanted
+    assert torch.equal(found, weight.to(wanted))
+
+
+def test_what_is_no_kernel_or_is_not_converted_keeps_its_layout() -> None:
+    weight, cpu = torch.randn(6, 4, 3, 3), torch.device("cpu")
     assert converted(weight, cpu, torch.float32) is weight                                     # the file's own memory
     for other in (torch.device("meta"), cpu):
         y = converted(weight if other.type == "meta" else weight.flatten(1), other, torch.bfloat16)
