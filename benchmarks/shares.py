@@ -75,9 +75,9 @@ def operations(work: Work) -> int:
     side = work.resolution // 8
     with torch.device("meta"):
         unet = UNet(SD1.unet)
-        batch = 2 if work.work == "guided_step" else 1
-        context = torch.randn(batch, 77, 768, requires_grad=True)
-        x, t = torch.randn(batch, 4, side, side), torch.zeros(batch)
+        texts = 2 if work.work == "guided_step" else 1
+        context = torch.randn(texts, 77, 768, requires_grad=True)
+        x, t = torch.randn(1, 4, side, side), torch.zeros(1)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):         # the counter does not know the fused kernel's operations
         out = unet.requires_grad_(False)(x, t, context, attention="fused")
