@@ -7,9 +7,9 @@ start measured, one step taken. Measured is the largest resident size meanwhile 
 had any weights and after a tiny model had done all this: the program's own code is not the model's. Predicted is
 `inversion.plan`. Then what is predicted for a CUDA device, which need not be there.
 
-JSON: rows of `work`, `dtype`, `resolution`, `mode` ("low_memory" with checkpointing blocks), `checkpointing`,
-`attention`, `offload`, `predicted_bytes`, `measured_bytes` and `ratio_bytes`, their quotient; null where nothing was
-measured.
+JSON: rows of `work` (plan_cpu or plan_cuda), `dtype`, `resolution`, `mode` ("low_memory" with checkpointing blocks),
+`checkpointing`, `attention`, `offload`, `predicted_bytes`, `measured_bytes` and `ratio_bytes`, their quotient; null
+where nothing was measured, as everywhere in the columns that compare with a peer.
 """
 
 import argparse
@@ -85,13 +85,14 @@ def train(name: str, side: int, setting: Setting) -> None:
         pass
 
 
-def row(side: int, setting: Setting, predicted: int, measured: int | None) -> dict[str, Any]:
+def row(device: str, side: int, setting: Setting, predicted: int, measured: int | None) -> dict[str, Any]:
     """A line of the table as JSON has it."""
     mode = "low_memory" if setting.checkpointing == "blocks" else "plain"
     how = asdict(setting) | {"dtype": str(setting.dtype).removeprefix("torch.")}
     ratio = None if measured is None else predicted / measured
     found = {"predicted_bytes": predicted, "measured_bytes": measured, "ratio_bytes": ratio}
-    return {"work": "plan", "resolution": side, "mode": mode} | how | found
+    nothing = dict.fromkeys(("ours_s", "peer_s", "ratio", "ours_bytes_over_weights", "peer_bytes_over_weights"))
+    return {"work": f"plan_{device}", "resolution": side, "mode": mode} | how | nothing | found
 
 
 def measured_apart(index: int) -> int:
@@ -116,7 +117,7 @@ def main() -> None:
     for device, works in (("cpu", MEASURED), ("cuda", CUDA)):
         for i, (side, setting) in enumerate(works):
             (planned,) = inversion.plan(MODEL, side, 1, device, [setting])
-            rows.append(row(side, setting, planned.peak, measured_apart(i) if device == "cpu" else None))
+            rows.append(row(device, side, setting, planned.peak, measured_apart(i) if device == "cpu" else None))
             measured, ratio = rows[-1]["measured_bytes"], rows[-1]["ratio_bytes"]
             numbers = ("-", "-") if measured is None else (size(measured), f"{ratio:.3f}")
             what = f"{device} {side} {str(setting).replace(', offload none', '')}"

@@ -12,7 +12,7 @@ from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
 from inversion.images import find_images, read_folder, read_images
-from inversion.plan import Planned, fastest, plan, settings_for
+from inversion.plan import Planned, drawing, fastest, plan, settings_for
 from inversion.prompts import TEMPLATES, check_prompts, read_templates, templates_for
 from inversion.trainer import Result, state_file, train
 from inversion.training import StepReport, Training
@@ -27,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "Training",
     "check_prompts",
+    "drawing",
     "fastest",
     "find_images",
     "plan",

@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 
+from inversion.plan import plan
+from models import GlideModel, LatentModel, Setting
+
 SAID = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
@@ -14,10 +17,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
 
 
-def advice(model: Any) -> str:
-    """How a model runs, and the next cheaper way, in a sentence."""
-    cheaper = model.setting.cheaper(model.device)
+def advice(model: Any, side: int, batch_size: int) -> str:
+    """How a model trains, and the next cheaper way, in a sentence. side: of the images; batch_size: samples at once."""
+    cheaper = next_cheaper(model, side, batch_size)
     instead = "nothing needs less but a smaller resolution or batch" if cheaper is None else (
         f"the next cheaper setting is checkpointing {cheaper.checkpointing}, offload {cheaper.offload}"
     )  # fmt: skip
     return f"{model.device} ran out of memory with {model.setting}: {instead}"
+
+
+def next_cheaper(model: Any, side: int, batch_size: int) -> Setting | None:
+    """The first of the settings after a model's own, each slower than the one before, whose planned peak is lower."""
+    settings = [model.setting]
+    while (following := settings[-1].cheaper(model.device)) is not None:
+        settings.append(following)
+    if len(settings) == 1 or not isinstance(model, LatentModel | GlideModel):
+        return model.setting.cheaper(model.device)
+    now, *others = plan(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
+    return next((each.setting for each in others if each.peak < now.peak), None)

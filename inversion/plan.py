@@ -11,7 +11,7 @@ device, and its fused attention is the operation that calls CUDA's kernel.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,31 @@ def plan(
     return [_predicted(shell, setting, device, side, batch_size) for setting in settings]
 
 
+@torch.no_grad()
+def drawing(
+    model: Any, setting: Setting, resolution: int | None = None, batch_size: int = 1,
+    device: torch.device | str = "cuda",
+) -> int:  # fmt: skip
+    """The peak in bytes on the device of drawing images with guidance, and of decoding them; without an upsampler.
+
+    Arguments and errors as for `plan`. Training and drawing may differ in what is the most: the one goes back, the
+    other reads two prompts an image and decodes.
+    """
+    device = torch.device(device)
+    shell = _shell(outline(model) if isinstance(model, str | Path) else model)
+    side = shell.resolution if resolution is None else resolution
+    shape, (where, fake, memory) = shell.x0_shape(side, side), _followed(device)
+    with fake, as_on(device, memory):
+        model, _ = _placed(shell, setting, where, memory)
+        with memory:
+            features = model.encode_text(model.tokenizer.encode([""] * batch_size + ["a word"] * batch_size))
+            shown = len(features.context) // (2 if getattr(model, "shares", False) else 1)
+            x, t = torch.empty(shown, *shape, device=where), torch.zeros(shown, device=where)
+            model.predict(x, t, features)
+            model.decode(x[:batch_size])
+    return _in_all(memory, device)
+
+
 def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
     """The settings that make sense on a device, of dtypes and kernels the faster first.
 
@@ -129,18 +154,10 @@ def fastest(planned: Sequence[Planned], budget: int) -> Planned:
 
 def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, batch_size: int) -> Planned:
     """The peak of encoding an image and of a step, and what the step computes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # which brings half of torch along
-
-    on_cpu = device.type == "cpu"
-    where, fake = (CPU, FakeTensorMode(allow_non_fake_inputs=True)) if on_cpu else (META, nullcontext())
-    memory = LiveMemory(where.type, *((cpu_workspace, 1) if on_cpu else (cuda_workspace, CUDA_BLOCK)))
+    where, fake, memory = _followed(device)
     with fake, as_on(device, memory):
-        _write(_networks(shell).values(), setting.dtype, where)
-        model = replace(shell)
-        waiting = _waiting(model, setting.offload)
+        model, waiting = _placed(shell, setting, where, memory)
         with memory:
-            place(model, setting, where, CopyAtOnce())
-            memory.hold(p for p in _parameters(model) if on_cpu or id(p) not in waiting)
             moments = model.moments(torch.empty(1, 3, side, side, device=where))
     model.release_encoder()
     _write((part for name, part in _networks(shell).items() if vars(model)[name] is not part), setting.dtype, META)
@@ -148,7 +165,31 @@ def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, ba
     with fake, as_on(device, memory), memory:
         _step(model, moments.shape[1:], model.x0_shape(side, side), batch_size, where)
     moved = 2 * sum(p.nbytes for p in _parameters(model) if id(p) in waiting)        # forward, and backward again
-    return Planned(setting, memory.peak + (0 if on_cpu else CUBLAS), memory.flops, moved)
+    return Planned(setting, _in_all(memory, device), memory.flops, moved)
+
+
+def _followed(device: torch.device) -> tuple[torch.device, AbstractContextManager, LiveMemory]:
+    """Where tensors without numbers lie for a device, in which mode, and what follows them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # which brings half of torch along
+
+    if device.type == "cpu":
+        return CPU, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory("cpu", cpu_workspace, 1)
+    return META, nullcontext(), LiveMemory("meta", cuda_workspace, CUDA_BLOCK)
+
+
+def _placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemory) -> tuple[Any, set[int]]:
+    """A model with weights without numbers, run in a way, those on the device held; and the ids of those that wait."""
+    _write(_networks(shell).values(), setting.dtype, where)
+    model = replace(shell)
+    waiting = _waiting(model, setting.offload)
+    with memory:
+        place(model, setting, where, CopyAtOnce())
+        memory.hold(p for p in _parameters(model) if where == CPU or id(p) not in waiting)
+    return model, waiting
+
+
+def _in_all(memory: LiveMemory, device: torch.device) -> int:
+    return memory.peak + (0 if device.type == "cpu" else CUBLAS)
 
 
 def _step(model: Any, moments: Sequence[int], shape: Sequence[int], size: int, device: torch.device) -> None:
@@ -201,10 +242,11 @@ def _parameters(model: Any) -> list[Tensor]:
 
 
 def _shell(model: Any) -> Any:
-    """A model like another, without its upsampler, on the meta device."""
+    """A model like another, without its upsampler, with its encoder, on the meta device."""
     networks = {name: on_meta(partial(type(part), part.config)) for name, part in _networks(model).items()}
-    alone = {"upsampler": None} if model.upsampler is not None else {}
-    return replace(model, **networks, **alone)
+    others = {"upsampler": None, "released": False}
+    others = {name: value for name, value in others.items() if getattr(model, name, value) != value}
+    return replace(model, **networks, **others)
 
 
 def _write(networks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:

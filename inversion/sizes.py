@@ -1,5 +1,6 @@
 """Sizes of memory, as people write and read them."""
 
+import math
 import re
 
 from inversion.errors import InversionError
@@ -16,11 +17,16 @@ def parsed(text: str) -> int:
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if not match or match[2].lower() not in units:
         raise InversionError(f"{text!r} is no size of memory: write a number and a unit, like 6GiB or 800MiB")
-    if not (found := int(float(match[1]) * units[match[2].lower()])):
+    number = float(match[1])
+    if math.isinf(number):
+        raise InversionError(f"{text[:20]}… is more memory than there is: write a size like 6GiB")
+    if not (found := int(number * units[match[2].lower()])):
         raise InversionError(f"{text} is no memory at all: write a size like 6GiB")
     return found
 
 
 def size(count: int) -> str:
-    """Bytes as text: MiB below one GiB, GiB from there on."""
+    """Bytes as text: KiB below one MiB, MiB below one GiB, GiB from there on."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

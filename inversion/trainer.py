@@ -48,15 +48,21 @@ def train(
     if resume and file is None:
         raise InversionError("there is nothing to resume: say which file the interrupted training writes")
     file = None if file is None else Path(file)
+    there = _changed(file)
     try:
         training = _trained(model, concept, images, templates, config, file, resume, keep_encoder, on_step)
         return Result(training.best(), _metrics(training, name), training.state.history)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        saved = file is not None and state_file(file).exists()
+        saved = resume or _changed(file) != there
         kept = f"; the vectors so far are saved, {state_file(file)} can be resumed from" if saved else ""
-        raise InversionError(advice(model) + kept) from error
+        raise InversionError(advice(model, images.shape[-1], config.batch_size) + kept) from error
+
+
+def _changed(file: Path | None) -> int | None:
+    """When the state of a training of a concept's file was last written; None if there is none."""
+    return state_file(file).stat().st_mtime_ns if file is not None and state_file(file).exists() else None
 
 
 def _trained(

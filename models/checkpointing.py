@@ -25,7 +25,8 @@ def checkpoint(
 ) -> Tensor | tuple[Tensor, ...]:
     """function(*inputs), whose intermediate results are computed again in the backward pass.
 
-    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value.
+    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value. It
+    may not change them in place: RuntimeError.
     weights: what else it reads that may need a gradient: the parameters of its module.
     Gradients are those of function(*inputs), bit for bit where its operations repeat themselves; there is no second
     derivative. Checkpoints nest. Where nothing needs a gradient, the function is called and nothing is kept.
@@ -56,11 +57,15 @@ class _Checkpoint(torch.autograd.Function):
         ctx.function, ctx.n, ctx.again = function, n, _as_it_is_now(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        outside, _here.runs_first = records(), True
+        before = [None if x is None else x._version for x in tensors[:n]]
+        outside, _here.runs_first = getattr(_here, "runs_first", False), True
         try:
-            return function(*tensors[:n])
+            outputs = function(*tensors[:n])
         finally:
             _here.runs_first = outside
+        if before != [None if x is None else x._version for x in tensors[:n]]:
+            raise RuntimeError("a checkpointed function changed an input in place: its second run would see another")
+        return tuple(outputs) if isinstance(outputs, list) else outputs
 
     @staticmethod
     @once_differentiable
@@ -69,7 +74,7 @@ class _Checkpoint(torch.autograd.Function):
         inputs = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(saved[:n], needed)]
         with ctx.again(), torch.enable_grad():
             outputs = ctx.function(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         known = [(y, dy) for y, dy in zip(outputs, gradients) if dy is not None and y.requires_grad]
         if not known:
             return None, None, *(None for _ in saved)

@@ -1,10 +1,9 @@
 """Linear layers with what follows them, in one pass over memory, where no gradient is wanted.
 
 A residual branch ends in a linear layer and an addition; GEGLU is two linear layers, a GELU and a product. oneDNN
-does these to the sums before it writes them, so that less is rounded, too; torch.compile reaches it by the same
-operators. Measured on two cores with AMX in bfloat16, 2x4096 tokens of 320 channels: GEGLU 14.7 to 9.0 ms, a layer of
-320 with its addition 1.2 to 0.65; 2x1024 of 640: 9.8 to 5.5 and 1.0 to 0.75. In float32, where products take seven
-times as long, nothing shows.
+does these to the sums before it writes them, so that less is rounded, too. Measured on two cores with AMX in bfloat16,
+2x4096 tokens of 320 channels: GEGLU 14.7 to 9.0 ms, a layer of 320 with its addition 1.2 to 0.65; 2x1024 of 640: 9.8
+to 5.5 and 1.0 to 0.75. In float32, where products take seven times as long, nothing shows.
 """
 
 import torch
@@ -17,7 +16,7 @@ from models.processor import fused_attention_has_bfloat16
 def is_worth_it(x: Tensor) -> bool:
     """Whether a layer of tokens x (…, C_in) is better computed here, with what follows it."""
     suits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and fused_attention_has_bfloat16()
-    return suits and not records()
+    return suits and not (records() or torch.compiler.is_compiling())     # torch.compile fuses for itself
 
 
 def linear_plus(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -70,9 +70,11 @@ def cascade_files(folder: Path) -> list[Path]:
     return []
 
 
-def read_cascade(folder: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
+def read_cascade(
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device, upsampler: bool = True
+) -> GlideModel:
     """The base model of such a folder with its upsampler, if there is one; the arguments are those of `models.load`."""
-    base, *more = (read_glide(path, dtype, device) for path in cascade_files(folder))
+    base, *more = (read_glide(path, dtype, device) for path in cascade_files(folder)[: None if upsampler else 1])
     if base.factor > 1:
         raise ModelError(f"{base.source} is an upsampler: the base network goes by that name, it by upsample")
     return replace(base, source=str(folder), upsampler=more[0] if more else None)

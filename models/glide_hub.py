@@ -26,14 +26,16 @@ CASCADES = {"glide": ("base", "upsample"), "glide-inpaint": ("base_inpaint", "up
 CLIP = ("clip_text_enc", "clip_image_enc")
 
 
-def load_cascade(name: str, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
+def load_cascade(
+    name: str, dtype: torch.dtype | str | None, device: torch.device, upsampler: bool = True
+) -> GlideModel:
     """The base model of a cascade with its upsampler; arguments as in `models.load`.
 
     Raises ModelError if a file is neither in the cache nor can be fetched, or is not what it should be.
     """
-    parts = CASCADES[name]
-    base, upsampler = (_checked(path, part, dtype, device) for part, path in zip(parts, fetched(parts)))
-    return replace(base, source=name, upsampler=upsampler)
+    parts = CASCADES[name][: None if upsampler else 1]
+    base, *more = (_checked(path, part, dtype, device) for part, path in zip(parts, fetched(parts)))
+    return replace(base, source=name, upsampler=more[0] if more else None)
 
 
 def load_noisy_clip(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models import bands, doubled, frozen, fused_linear
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
+from models.errors import ModelError
 from models.group_norm import frozen_group_norm
 from models.processor import matrix_products_are_fast
 from models.streaming import Window
@@ -155,7 +156,11 @@ def plus(branch: Tensor, x: Tensor) -> Tensor:
 
 def for_each(x: Tensor, told: Tensor) -> Tensor:
     """x (b, …), as often as it is told something else, (k b, …): (k b, …), all of x in turn."""
-    return x if len(x) == len(told) else torch.cat([x] * (len(told) // len(x)))
+    if len(x) == len(told):
+        return x
+    if not len(x) or len(told) % len(x):
+        raise ModelError(f"{len(x)} images for {len(told)} texts: give as many, or fewer that are told several each")
+    return torch.cat([x] * (len(told) // len(x)))
 
 
 def tokens_of(x: Tensor) -> Tensor:

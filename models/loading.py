@@ -51,6 +51,7 @@ def load(
     attention: AttentionKind = "auto",
     offload: Offload = "none",
     config: Mapping[str, Any] | None = None,
+    upsampler: bool = True,
 ) -> Model:
     """Load a model, frozen and ready to use.
 
@@ -63,7 +64,7 @@ def load(
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
     says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors. checkpointing,
     attention, offload: how it runs, see `Setting`. config: what the tensors of a guided-diffusion UNet do not tell, if
-    it is none of the published: see `models.class_shapes.OPEN`.
+    it is none of the published: see `models.class_shapes.OPEN`. upsampler: load it, too, where a model comes with one.
 
     Raises ModelError for a source that is not there, cannot be read, or does not fit; for float16 on a CPU; and as
     `Setting` does.
@@ -74,27 +75,29 @@ def load(
     Setting(torch.float32, checkpointing, attention, offload)
     waits = offload != "none"
     how, where = (STORED, torch.device("cpu")) if waits else (dtype, device)
-    model = _read(source, how, where, options)
+    model = _read(source, how, where, options, upsampler)
     place(model, Setting(choose_dtype(dtype, model.dtype, device), checkpointing, attention, offload), device)
     return model
 
 
 def _read(
-    source: str | Path, dtype: torch.dtype | str | None, device: torch.device, options: dict[str, Any]
+    source: str | Path, dtype: torch.dtype | str | None, device: torch.device, options: dict[str, Any], upsampler: bool
 ) -> Model:
     """A model on a device, or waiting there."""
     if source in EMBEDDED:
-        model = _read(EMBEDDED[source], dtype, device, options)
+        model = _read(EMBEDDED[source], dtype, device, options, upsampler)
         model.source = source
         return model
     if source in CASCADES or source in FILES:
         _take(source, options)
-        return (load_cascade if source in CASCADES else load_published)(source, dtype, device)
+        if source in CASCADES:
+            return load_cascade(source, dtype, device, upsampler)
+        return load_published(source, dtype, device)
     path = Path(source)
     if path.is_dir():
         if cascade_files(path):
             _take(source, options)
-            return read_cascade(path, dtype, device)
+            return read_cascade(path, dtype, device, upsampler)
         return read_folder(path, dtype, device, *_take(source, options, "prediction", "variant"))
     if path.is_file() or path.suffix in SUFFIXES:
         return _load_file(path, dtype, device, options)

@@ -14,6 +14,7 @@ from torch import nn
 
 from models.checkpointing import checkpoint
 from models.errors import ModelError
+from models.layout import converted
 from models.streaming import computing_with, parameters_of
 
 Offload = Literal["none", "idle", "stream"]
@@ -28,7 +29,7 @@ def present(model: Any, network: nn.Module) -> Iterator[None]:
     if model.offload == "none":
         yield
     else:
-        copies = [p.to(device=model.device, dtype=model.dtype, copy=True) for p in parameters_of(network)]
+        copies = [converted(p, model.device, model.dtype, copy=True) for p in parameters_of(network)]
         with computing_with(network, copies):
             yield
 

@@ -13,6 +13,7 @@ from torch import nn
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
+from models.layout import converted
 from models.offload import Offload
 from models.streaming import Copier, Window, parameters_of
 
@@ -65,7 +66,7 @@ def place(model: Any, setting: Setting, device: torch.device, copier: Copier | N
     for part in model.unet.modules() if setting.offload != "none" else ():
         for name, p in part._parameters.items():
             if p is not None and id(p) not in waiting:
-                part._parameters[name] = nn.Parameter(p.to(device=device, dtype=setting.dtype), requires_grad=False)
+                part._parameters[name] = nn.Parameter(converted(p, device, setting.dtype), requires_grad=False)
     model.checkpointing, model.attention, model.offload = setting.checkpointing, setting.attention, setting.offload
     model.window = Window(layers, device, setting.dtype, copier) if layers else None
     if model.upsampler is not None:

@@ -9,6 +9,9 @@ the slice of P anew from q and k, which are kept with v and nothing else, and ap
 
 Products run in the inputs' dtype and softmax within float32, as torch's kernels do (float64 for float64 inputs);
 scores of float16, which overflow in Stable Diffusion 2.x, are computed in float32; dk and dv are summed in float32.
+Scores of bfloat16 are rounded to it, as products are there: of scores beyond 10, where one of them outweighs all others,
+gradients are worse than those of torch's kernel, which holds them in float32 (dq by 2.4 % against 0.5 % at a standard
+deviation of 9, by 0.5 % against 0.2 % at 1).
 """
 
 from collections.abc import Iterator
@@ -32,8 +35,8 @@ def slice_size(q: Tensor, k: Tensor, budget: int | None = None) -> tuple[int, in
     of_rows = of_heads = budget
     if budget is None:
         of_rows, of_heads = (CPU_SLICE_BYTES, CPU_HEADS_BYTES) if q.device.type == "cpu" else 2 * (GPU_SLICE_BYTES,)
-    row = k.shape[2] * q.element_size()
-    rows = min(max(1, of_rows // row), q.shape[2])
+    row = max(1, k.shape[2]) * q.element_size()
+    rows = max(1, min(of_rows // row, q.shape[2]))
     return min(max(1, of_heads // (row * rows)), q.shape[1]), rows
 
 

@@ -152,8 +152,9 @@ class Window:
         """The place where layer i lies, or is now being copied to."""
         if i not in self.held:
             place = next(p for p in range(PLACES) if p != other_than)
-            self.held[place] = i
+            self.held[place] = None                                # until it is there: a copy may be interrupted
             self.tickets[place] = self.copier.begin(place, self.host[i], views(self.places[place], self.host[i]))
+            self.held[place] = i
         return self.held.index(i)
 
 

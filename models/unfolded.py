@@ -40,7 +40,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
         padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)
     ]
     matrix = _matrix(weight)
-    patches = torch.stack(seen, dim=-2 if _is_last(weight) else -1).view(-1, matrix.shape[1])  # (B h w, C_in k k)
+    patches = torch.stack(seen, dim=-2 if _is_last(weight) else -1).reshape(-1, matrix.shape[1])  # (B h w, C_in k k)
     y = empty(x, len(weight), height, width)
     flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
     if bias is None:

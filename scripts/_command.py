@@ -22,6 +22,7 @@ def run(main: Callable[..., None]) -> None:
     from diffusion.errors import DiffusionError
     from guidance.errors import GuidanceError
     from inversion.errors import InversionError
+    from inversion.exhaustion import is_out_of_memory
     from models.errors import ModelError
 
     _refuse_repeats(sys.argv[1:])
@@ -34,6 +35,14 @@ def run(main: Callable[..., None]) -> None:
     except OSError as error:
         what = error.strerror or str(error)
         _stop(f"{error.filename}: {what}" if error.filename else what, REFUSED)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _stop(
+            "out of memory: what was written so far is kept; take fewer or smaller images at once, a --dtype of 16 "
+            "bits, or, on a GPU, --offload idle",
+            REFUSED,
+        )
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
 

@@ -38,15 +38,24 @@ def show(config: Any, shell: Any, side: int, batch_size: int) -> None:
     device = choose_device(config.device, must_be_there=False)
     budget = None if config.memory_budget is None else parsed(config.memory_budget)
     print(f"{shell.source}, {side}x{side} pixels, batch {batch_size}, on {device.type}: the peak of a training")
-    print(table(planned(config, shell, side, batch_size), budget))
+    found = planned(config, shell, side, batch_size)
+    print(table(found, budget))
+    if budget is not None:
+        inversion.fastest(found, budget)                            # says so if there is none
 
 
-def within_budget(config: Any, shell: Any, side: int, batch_size: int) -> Any:
-    """The flags with the fastest setting that fits --memory-budget, which is said in a line."""
+def within_budget(config: Any, shell: Any, side: int, batch_size: int, drawn: int) -> Any:
+    """The flags with the fastest setting that fits --memory-budget, which is said in a line.
+
+    drawn: how many images are drawn at once when the training has ended; if that takes more, this is said, too.
+    """
     budget = parsed(config.memory_budget)
     best = inversion.fastest(planned(config, shell, side, batch_size), budget)
     print(f"{size(best.peak)} of {config.memory_budget}: {best.setting}")
     setting: Setting = best.setting
+    afterwards = inversion.drawing(shell, setting, side, drawn, choose_device(config.device, must_be_there=False))
+    if config.samples and afterwards > budget:
+        print(f"drawing the samples afterwards takes {size(afterwards)}, more than that: --samples 0 leaves it out")
     names = {name: getattr(setting, name) for name in HOW}
     return replace(config, dtype=str(setting.dtype).removeprefix("torch."), **names)
 

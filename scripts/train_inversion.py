@@ -137,8 +137,9 @@ def main(config: Config) -> None:
     if config.resume:
         config = resumed(output, config, may_differ=HOW)
     elif config.memory_budget is not None:
-        config = within_budget(config, *planning(config))
-    files, model = find_images(config.images), load(config)
+        shell, *sizes = planning(config)
+        config = within_budget(config, shell, *sizes, drawn=RECIPES.get(shell.family, PHOTOGRAPHS).batch_size)
+    files, model = find_images(config.images), load(config, upsampler=False)
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     size = model.resolution if config.resolution is None else config.resolution
     model.x0_shape(size, size)
@@ -172,11 +173,11 @@ def planning(config: Config) -> tuple[Model, int, int]:
     return shell, side, recipe.batch_size if config.batch_size is None else config.batch_size
 
 
-def load(config: Config) -> Model:
+def load(config: Config, upsampler: bool = True) -> Model:
     """The model that the flags name. Raises ModelError for one that cannot draw by itself."""
     model = models.load(
         config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant,
-        **how(config),
+        upsampler=upsampler, **how(config),
     )  # fmt: skip
     return require_base(model)
 

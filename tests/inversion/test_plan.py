@@ -10,7 +10,7 @@ from torch import Tensor
 
 import models
 from diffusion import Schedule
-from inversion import Concept, InversionError, Planned, fastest, plan, settings_for
+from inversion import Concept, InversionError, Planned, drawing, fastest, plan, settings_for
 from inversion.memory import LiveMemory, cpu_workspace
 from inversion.objective import Batch, loss_and_gradient
 from inversion.plan import table
@@ -103,6 +103,22 @@ def test_a_plan_is_what_a_real_step_takes(make: Any, checkpointing: Any, attenti
     assert planned.peak == pytest.approx(real.peak, rel=0.01)
     assert planned.operations == real.flops
     assert planned.moved == 0
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+def test_drawing_takes_what_it_really_takes(make: Any) -> None:
+    setting, model = Setting(torch.float32, attention="fused"), make()
+    found, side = drawing(model, setting, None, 2, "cpu"), model.resolution
+    place(model, setting, CPU)
+    memory = LiveMemory("cpu", cpu_workspace)
+    memory.hold(p for part in vars(model).values() if isinstance(part, torch.nn.Module) for p in parameters_of(part))
+    with memory, torch.no_grad():
+        features = model.encode_text(model.tokenizer.encode(["", "", "a dog", "a dog"]))
+        x = torch.randn(2 if make is tiny_model else 4, *model.x0_shape(side, side))
+        model.predict(x, torch.full((len(x),), 9.0), features)
+        model.decode(x[:2])
+    assert found == pytest.approx(memory.peak, rel=0.01)        # 1 %: ids, times and the generator's numbers
+    assert drawing(model, setting, None, 4, "cpu") > found
 
 
 def test_computing_again_costs_operations_and_saves_memory() -> None:
@@ -207,8 +223,13 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parsed(text)
 
 
+def test_more_memory_than_there_is() -> None:
+    with pytest.raises(InversionError, match="99… is more memory than there is"):
+        parsed("9" * 400 + "GiB")
+
+
 def test_sizes_are_written() -> None:
-    assert [size(n) for n in (0, 800 * 2**20, GIB, 3 * GIB // 2)] == ["0 MiB", "800 MiB", "1.00 GiB", "1.50 GiB"]
+    assert [size(n) for n in (0, 800 * 2**20, GIB, 3 * GIB // 2)] == ["0 KiB", "800 MiB", "1.00 GiB", "1.50 GiB"]
 
 
 # --- what is known without weights

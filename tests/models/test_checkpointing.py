@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks._saved_bytes import SavedBytes
 from models import ModelError
-from models.checkpointing import checkpoint
+from models.checkpointing import checkpoint, records
 from tests.tiny import tiny_model
 
 
@@ -107,6 +107,20 @@ def test_weights_are_trained_through_it(needs: bool) -> None:
     run(x).sum().backward()
     assert all(torch.equal(weight.grad, w) for weight, w in zip(weights, wanted))
     assert layer[0].bias.grad is None
+
+
+def test_an_input_that_is_changed_in_place_is_an_error() -> None:
+    a, b = torch.ones(3), torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="changed an input in place"):
+        checkpoint(lambda a, b: a.mul_(2) * b, a, b)
+    assert not torch.no_grad()(records)()                       # nothing is left behind
+
+
+def test_a_list_of_outputs_is_as_good_as_a_tuple() -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    y, z = checkpoint(lambda x: [x * x, 3 * x], x)
+    (y + z).sum().backward()
+    assert x.grad.tolist() == [7, 9]
 
 
 def test_a_level_that_there_is_not() -> None:

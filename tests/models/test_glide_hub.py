@@ -131,6 +131,7 @@ def test_a_server_that_does_not_say_how_long_a_file_is(server: type[Server], mon
     send = server.send_header
     monkeypatch.setattr(server, "send_header", lambda self, name, to: name == "Content-Length" or send(self, name, to))
     assert models.load("glide").upsampler is not None
+    assert models.load("glide", upsampler=False).upsampler is None
 
 
 def test_what_is_no_answer_and_no_place_are_said(

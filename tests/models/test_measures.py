@@ -11,6 +11,7 @@ from benchmarks._saved_bytes import SavedBytes
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.checkpointing import Checkpointing
+from models.errors import ModelError
 from models.unet import ResBlock, UNet, UNetConfig
 from tests.tiny import randomise
 
@@ -113,6 +114,12 @@ def test_one_image_may_be_told_several_texts(kind: str, pooled: bool) -> None:
         weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
         mine, theirs = (torch.autograd.grad((y * weights).sum(), texts)[0] for y in (found, wanted))
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_images_that_do_not_divide_the_texts() -> None:
+    unet, given = network("transformer", torch.float32), inputs(torch.float32)
+    with pytest.raises(ModelError, match="3 images for 2 texts"):
+        unet(torch.zeros(3, 4, 8, 8), torch.zeros(3), given["context"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

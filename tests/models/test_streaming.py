@@ -73,6 +73,34 @@ def test_values_and_gradients_are_those_of_the_model_in_place(path: Path, how: d
             same(step(found), step(wanted))
 
 
+@pytest.mark.parametrize("how", [{"offload": "idle"}, STREAMED])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_converted_on_the_way_give_the_same_bits(
+    tmp_path: Path, how: dict[str, Any], dtype: str
+) -> None:
+    models.save(tiny_model(), tmp_path / "half", dtype=torch.float16)
+    wanted = models.load(tmp_path / "half", dtype, "cpu", checkpointing=how.get("checkpointing", "none"))
+    same(step(models.load(tmp_path / "half", dtype, "cpu", **how)), step(wanted))
+
+
+def test_a_copy_that_was_interrupted_is_made_anew() -> None:
+    class Interrupted(CopyAtOnce):
+        calls = 0
+
+        def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            super().begin(place, host, device)
+
+    model, wanted = tiny_model(), tiny_model()
+    place(model, STREAM, CPU, Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        step(model)
+    wanted.checkpointing = "blocks"
+    same(step(model), step(wanted))
+
+
 def test_images_are_encoded_and_decoded_by_a_visitor() -> None:
     wanted, found = tiny_model(), tiny_model()
     place(found, IDLE, CPU)

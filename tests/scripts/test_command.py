@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion import DiffusionError
 from guidance import GuidanceError
@@ -52,6 +53,16 @@ def refused(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 def test_fields_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started(monkeypatch, "--count", "3", "--words", "a b", "c") == Config(3, ("a b", "c"))
     assert started(monkeypatch) == Config()
+
+
+def test_no_memory_is_a_sentence_and_a_fault_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")) == 2
+    assert capsys.readouterr().err.startswith("out of memory: what was written so far is kept; take fewer")
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        refused(monkeypatch, RuntimeError("shapes do not match"))
 
 
 @pytest.mark.parametrize("kind", [DiffusionError, GuidanceError, InversionError, ModelError])

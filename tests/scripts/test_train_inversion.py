@@ -321,6 +321,24 @@ def test_a_plan_is_printed_and_nothing_else_happens(script: ModuleType, config: 
     assert not config.output.exists()
 
 
+def test_a_plan_says_that_nothing_fits(script: ModuleType, config: Any, capsys: Any) -> None:
+    with pytest.raises(InversionError, match="1 KiB are too small for every setting: the smallest"):
+        script.main(replace(config, plan=True, device="cuda", memory_budget="1KiB"))
+    assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+def test_drawing_that_takes_more_than_the_budget_is_said(
+    script: ModuleType, config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script.inversion, "drawing", lambda *what: 2**30)
+    given = replace(config, dtype="float32", device="cpu", steps=1, memory_budget="1000MiB", samples=1)
+    script.main(given)
+    said = "drawing the samples afterwards takes 1.00 GiB, more than that: --samples 0 leaves it out"
+    assert said in capsys.readouterr().out
+    script.main(replace(given, samples=0, output=config.output / "other"))
+    assert said not in capsys.readouterr().out
+
+
 def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
     script: ModuleType, config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
