@@ -9,7 +9,7 @@ the slice of P anew from q and k, which are kept with v and nothing else, and ap
 
 Products run in the inputs' dtype and softmax within float32, as torch's kernels do (float64 for float64 inputs);
 scores of float16, which overflow in Stable Diffusion 2.x, are computed in float32; dk and dv are summed in float32.
-Scores of bfloat16 are rounded to it, as products are there: of scores beyond 10, where one of them outweighs all others,
+Scores of bfloat16 are rounded to it, as products are there: of large scores, of which one outweighs all others,
 gradients are worse than those of torch's kernel, which holds them in float32 (dq by 2.4 % against 0.5 % at a standard
 deviation of 9, by 0.5 % against 0.2 % at 1).
 """
