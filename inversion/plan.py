@@ -39,6 +39,7 @@ from models.weights import on_meta
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CUBLAS = 8_519_680      # bytes that its workspace takes (CUDA's documentation, cublasSetWorkspace: 2 x 4 MiB and more)
+HEAP = 64 * 2**20       # freed bytes that a CPU's heap may keep (glibc, mallopt(3): M_TRIM_THRESHOLD, twice 32 MiB)
 CUDA_BLOCK = 512        # bytes: what the caching allocator rounds up to
 EXCHANGE = 1000         # operations in the time in which a byte gets to the device: 10 TFLOP/s over 10 GB/s
 
@@ -189,7 +190,7 @@ def _placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemor
 
 
 def _in_all(memory: LiveMemory, device: torch.device) -> int:
-    return memory.peak + (0 if device.type == "cpu" else CUBLAS)
+    return memory.peak + (HEAP if device.type == "cpu" else CUBLAS)
 
 
 def _step(model: Any, moments: Sequence[int], shape: Sequence[int], size: int, device: torch.device) -> None:

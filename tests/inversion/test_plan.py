@@ -13,7 +13,7 @@ from diffusion import Schedule
 from inversion import Concept, InversionError, Planned, drawing, fastest, plan, settings_for
 from inversion.memory import LiveMemory, cpu_workspace
 from inversion.objective import Batch, loss_and_gradient
-from inversion.plan import table
+from inversion.plan import HEAP, table
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
 from models.setting import place
@@ -100,7 +100,7 @@ def test_a_plan_is_what_a_real_step_takes(make: Any, checkpointing: Any, attenti
     (planned,) = plan(make(), None, 4, "cpu", [setting])
     real = followed(make(), setting, 4)
     # 1 %: numbers that are no tensors of the networks, such as ids, times and the generator's
-    assert planned.peak == pytest.approx(real.peak, rel=0.01)
+    assert planned.peak - HEAP == pytest.approx(real.peak, rel=0.01)
     assert planned.operations == real.flops
     assert planned.moved == 0
 
@@ -117,7 +117,7 @@ def test_drawing_takes_what_it_really_takes(make: Any) -> None:
         x = torch.randn(2 if make is tiny_model else 4, *model.x0_shape(side, side))
         model.predict(x, torch.full((len(x),), 9.0), features)
         model.decode(x[:2])
-    assert found == pytest.approx(memory.peak, rel=0.01)        # 1 %: ids, times and the generator's numbers
+    assert found - HEAP == pytest.approx(memory.peak, rel=0.01)        # 1 %: ids, times and the generator's numbers
     assert drawing(model, setting, None, 4, "cpu") > found
 
 
