@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models import unfolded
+from models import unfolded, winograd
 from models.layout import laid_out
 
 Pair = tuple[int, int]
@@ -35,7 +35,10 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.size, ctx.stride, ctx.padding = x.shape[2:], stride, padding
-        ctx.unfolds = unfolded.is_small(x, weight, stride, padding)
+        ctx.tiles = winograd.is_worth_it(x, weight, stride, padding)
+        ctx.unfolds = not ctx.tiles and unfolded.is_small(x, weight, stride, padding)
+        if ctx.tiles:
+            return laid_out(winograd.convolved(x, weight, bias))
         if ctx.unfolds:
             return laid_out(unfolded.convolved(x, weight, bias, stride[0]))
         return laid_out(F.conv2d(laid_out(x), weight, bias, stride, padding))
@@ -44,7 +47,9 @@ class _Conv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        if ctx.unfolds:
+        if ctx.tiles:
+            dx = winograd.gradient(dy, weight)
+        elif ctx.unfolds:
             dx = unfolded.gradient(dy, weight, ctx.size, ctx.stride[0])
         elif ctx.stride == (1, 1) and FEWER * len(weight) <= weight.shape[1]:
             dx = F.conv2d(laid_out(dy), weight.transpose(0, 1).flip(2, 3), padding=_rest(weight, ctx.padding))
