@@ -27,7 +27,7 @@ from models.layers import (
     zero,
 )  # fmt: skip
 
-PART_BYTES, PART_ROWS = 8 * 2**20, 512     # of what a feed-forward has widened; products of fewer rows are slower
+PART_BYTES, PART_ROWS = 20 * 2**20, 512    # of what a feed-forward has widened; products of fewer rows are slower
 
 
 class Attention(nn.Module):
@@ -69,13 +69,7 @@ class GEGLU(nn.Module):
         rows = self.rows(x)
         if x.device.type != "cpu" or x.shape[:2].numel() <= rows:
             return geglu(self.proj(x))
-        parts = x.flatten(0, 1).split(rows)
-        if records():
-            return torch.cat([geglu(self.proj(part)) for part in parts]).unflatten(0, x.shape[:2])
-        y = x.new_empty(*x.shape[:2], self.proj.out_features // 2)
-        for part, out in zip(parts, y.flatten(0, 1).split(rows)):
-            out.copy_(geglu(self.proj(part)))
-        return y
+        return torch.cat([geglu(self.proj(part)) for part in x.flatten(0, 1).split(rows)]).unflatten(0, x.shape[:2])
 
     def rows(self, x: Tensor) -> int:
         """How many tokens are widened at a time: as many as take PART_BYTES then, or PART_ROWS."""
@@ -95,13 +89,18 @@ class FeedForward(nn.Module):
     def added(self, x: Tensor, widened: Tensor) -> Tensor:                          # (B, N, C), (B, N, 4C)
         return plus_linear(x, self.net[2], widened)
 
+    def add_in_parts(self, x: Tensor, norm: nn.LayerNorm) -> None:
+        """x += self(norm(x)), where nothing is recorded: no token is wide any more when the next part's are."""
+        for part in x.flatten(0, 1).split(self.net[0].rows(x)):
+            part.copy_(self.added(part, self.widen(norm(part[None])))[0])
+
 
 class TransformerBlock(nn.Module):
     """Look around, read the text, think: three residual branches, each behind a layer norm.
 
     The linear layer that ends a branch stands outside of its checkpoint: frozen, it keeps nothing anyway, and so it is
     not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
-    forward is `last` of `all_but_the_last`.
+    forward is `last` of `all_but_the_last`. (Where no gradient is wanted there is no last: see `add_in_parts`.)
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
@@ -114,7 +113,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, N, C)
         return self.last(*self.all_but_the_last(x, cond))
 
-    def all_but_the_last(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:    # (B, N, C), (B, N, 4C)
+    def all_but_the_last(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:   # (B, N, C), (B, N, 4C)
         def look(x: Tensor) -> Tensor:
             y = self.norm1(x)
             return self.attn1(y, y, cond.attention)
@@ -128,10 +127,13 @@ class TransformerBlock(nn.Module):
         x = self.attn1.added(x, cond.run("attention", self, look, x))
         x = for_each(x, cond.context)
         x = self.attn2.added(x, cond.run("attention", self, read, x, cond.context))
+        if x.device.type == "cpu" and not records():
+            self.ff.add_in_parts(x, self.norm3)
+            return x, None
         return x, cond.run("attention", self, think, x)
 
-    def last(self, x: Tensor, thought: Tensor) -> Tensor:
-        return self.ff.added(x, thought)
+    def last(self, x: Tensor, thought: Tensor | None) -> Tensor:
+        return x if thought is None else self.ff.added(x, thought)
 
 
 class ImageAttention(nn.Module):
