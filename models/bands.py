@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import winograd
 from models.group_norm import normed, statistics
 from models.layout import channels_last, empty
 
@@ -36,7 +37,10 @@ def convolved(rows: Rows, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     for (first, last), below in zip(spans, [*wanted[1:], None]):
         padded = F.pad(here, (0, 0, first == 0, last == height))
         here = None if below is None else rows(*below)
-        out[:, :, first:last] = F.conv2d(padded, weight, bias, padding=(0, 1))
+        if winograd.is_worth_it(padded[:, :, 1:-1], weight, (1, 1), (1, 1)):
+            out[:, :, first:last] = winograd.convolved(padded, weight, bias, edges=0)
+        else:
+            out[:, :, first:last] = F.conv2d(padded, weight, bias, padding=(0, 1))
     return out
 
 
@@ -82,7 +86,7 @@ def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _bands(x: Tensor) -> Iterator[tuple[int, int]]:
-    """The first row and the one after the last of each band of x (B, C, h, w)."""
+    """The first row and the one after the last of each band of x (B, C, h, w), all but the last of whole tiles."""
     height = x.shape[2]
-    rows = max(1, BAND_BYTES * height // x.nbytes)
+    rows = max(1, BAND_BYTES * height // x.nbytes // winograd.TILE) * winograd.TILE
     return ((first, min(first + rows, height)) for first in range(0, height, rows))

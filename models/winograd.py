@@ -38,31 +38,31 @@ def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     return suits and x[:, 0].numel() >= PIXELS and min(weight.shape[:2]) >= CHANNELS
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x: (B, C_in, H, W), H and W multiples of 4, padded by 1; weight: (C_out, C_in, 3, 3); float32.
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1) -> Tensor:
+    """x: (B, C_in, H, W), padded by 1; weight: (C_out, C_in, 3, 3); float32. H and W are multiples of 4.
 
-    Returns (B, C_out, H, W), channels-last. Autograd cannot pass through it; `frozen` calls it where nothing is
-    recorded.
+    edges 0: x has a row more above and below, which are not padded then: (B, C_in, H + 2, W). Returns (B, C_out, H, W),
+    channels-last. Autograd cannot pass through it; `frozen` and `bands` call it where nothing is recorded.
     """
-    return _convolved(x, weight, bias)
+    return _convolved(x, weight, bias, edges)
 
 
 def gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Of `convolved` by x: the convolution with the kernels turned by half. dy: (B, C_out, H, W)."""
-    return _convolved(dy, weight.transpose(0, 1), None, turned=True)
+    return _convolved(dy, weight.transpose(0, 1), None, edges=1, turned=True)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int, turned: bool = False) -> Tensor:
     BT, G, AT = (x.new_tensor(M) for M in matrices())
     G, C = G.flip(1) if turned else G, x.shape[1]
-    y = empty(x, len(weight), *x.shape[2:])
+    y = empty(x, len(weight), x.shape[2] + 2 * edges - 2, x.shape[3])
     answers = y.permute(0, 2, 3, 1).unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE))          # (B, h, 4, w, 4, C_out)
-    parts, most = _parts(x)
+    parts, most = _parts(y, C)
     groups = _slices(len(weight), ROOM // max(most, C))
     some = groups[0].stop
     one, two, three = (x.new_empty(SEEN**2 * n) for n in (most * max(C, some), most * C, some * max(C, most)))
     for images, rows in parts:
-        seen = _tiles(channels_last(x)[images], rows)                                          # (6, 6, b, h, w, C)
+        seen = _tiles(channels_last(x)[images], rows, edges)                                   # (6, 6, b, h, w, C)
         b, h, w, _ = seen.shape[2:]
         gathered = _of(one, *seen.shape).copy_(seen).view(SEEN**2, -1)
         d = torch.mm(BT, gathered, out=_of(two, *gathered.shape)).view(-1, b * h * w, C)       # (36, tiles, C)
@@ -77,9 +77,9 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = Fa
     return y
 
 
-def _tiles(x: Tensor, rows: slice) -> Tensor:
+def _tiles(x: Tensor, rows: slice, edges: int) -> Tensor:
     """What some rows of tiles are made from, padded: (B, C, H, W) -> (6, 6, B, h, w, C)."""
-    first, end = TILE * rows.start - 1, TILE * rows.stop + 1
+    first, end = TILE * rows.start - edges, TILE * rows.stop + 2 - edges
     around = 0, 0, 1, 1, int(first < 0), int(end > x.shape[2])
     padded = F.pad(x.permute(0, 2, 3, 1)[:, max(first, 0) : end], around)                      # (B, 4 h + 2, W + 2, C)
     return padded.unfold(1, SEEN, TILE).unfold(2, SEEN, TILE).permute(4, 5, 0, 1, 2, 3)
@@ -90,9 +90,9 @@ def _of(memory: Tensor, *size: int) -> Tensor:
     return memory[: math.prod(size)].view(size)
 
 
-def _parts(x: Tensor) -> tuple[list[tuple[slice, slice]], int]:
-    """Images and rows of tiles that are taken at a time, and how many tiles a part has at most."""
-    batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2] // TILE, x.shape[3] // TILE
+def _parts(y: Tensor, channels: int) -> tuple[list[tuple[slice, slice]], int]:
+    """Images and rows of tiles of the answer that are made at a time, and how many tiles a part has at most."""
+    batch, height, width = len(y), y.shape[2] // TILE, y.shape[3] // TILE
     fits = ROOM // (width * channels)
     images, rows = _slices(batch, fits // height), _slices(height, fits)
     return [(i, r) for i in images for r in rows], images[0].stop * rows[0].stop * width

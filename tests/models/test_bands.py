@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import bands
+from models import bands, winograd
 from models.layers import NormSiLU, Upsample, conv3x3, norm_conv, plus_conv, twice
 from models.vae import VAE, VAEConfig
 from tests.tiny import randomise
@@ -27,9 +27,9 @@ def layers(dtype: torch.dtype = torch.float64, out: int = 16) -> tuple[nn.Module
     return tuple(both.to(dtype))
 
 
-@pytest.fixture(params=[1, 4, 5, 13])
+@pytest.fixture(params=[1, 8, 10, 13])
 def banded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is large, in bands of so many rows of the map above."""
+    """Everything is large, in bands of so many rows of the map above, or of the multiple of four below that."""
     row = a_map().nbytes // HEIGHT
     monkeypatch.setattr(bands, "BAND_BYTES", request.param * row)
     monkeypatch.setattr(bands, "is_large", lambda x: True)
@@ -83,6 +83,26 @@ class TestBands:
         (found,) = torch.autograd.grad(norm_conv(norm, conv, x).sum(), x)
         plain = F.conv2d(F.silu(F.group_norm(x, 8, norm.weight, norm.bias, 1e-6)), conv.weight, conv.bias, padding=1)
         torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), x)[0], **CLOSE)
+
+
+@pytest.mark.parametrize(("rows", "tiled"), [(4, 12), (8, 8)])
+def test_winograds_convolution_in_bands(rows: int, tiled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32; thirteen rows leave one that is no tile, or five, for a plain convolution."""
+    x = a_map(torch.float32)[..., :8]
+    monkeypatch.setattr(bands, "is_large", lambda x: True)
+    monkeypatch.setattr(bands, "BAND_BYTES", rows * x.nbytes // HEIGHT)
+    for least in ("PIXELS", "CHANNELS"):
+        monkeypatch.setattr(winograd, least, 1)
+    made, convolved = [], winograd.convolved
+    monkeypatch.setattr(winograd, "convolved", lambda *a, **k: made.append(convolved(*a, **k)) or made[-1])
+    norm, conv = layers(torch.float32, CHANNELS)
+    wanted = F.group_norm(x.double(), 8, norm.weight.double(), norm.bias.double(), 1e-6)
+    wanted = F.conv2d(F.silu(wanted), conv.weight.double(), conv.bias.double(), padding=1)
+    found = norm_conv(norm, conv, x)
+    # sums of 288 products of 0.5 and 1, which float32 rounds to 6e-8 each, ten times as much where Winograd adds
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
+    assert sum(part.shape[2] for part in made) == tiled
+    assert torch.equal(norm_conv(norm, conv, x, in_place=True), found)
 
 
 def test_in_bfloat16_the_kernels_of_a_doubling_are_summed_before_they_are_rounded(

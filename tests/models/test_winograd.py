@@ -43,6 +43,12 @@ def test_value_and_gradient(
     torch.testing.assert_close(gradient(dy, weight).double(), dx, rtol=0, atol=2e-5)
 
 
+def test_of_rows_that_are_there_nothing_is_padded() -> None:
+    x, weight, bias = numbers(2, 16, 10, 12), numbers(24, 16, 3, 3, seed=1) / 12, numbers(24, seed=2)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=(0, 1))
+    torch.testing.assert_close(convolved(x, weight, bias, edges=0).double(), wanted, rtol=0, atol=2e-5)    # as above
+
+
 def test_what_is_rounded() -> None:
     """Of sums of 2,880 products; the customary points 0, ±1, ±2 give 3.6e-6."""
     x, weight = numbers(1, 320, 32, 32), numbers(32, 320, 3, 3, seed=1) / 53
