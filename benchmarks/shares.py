@@ -60,14 +60,20 @@ def parts(step: Step) -> dict[str, float]:
 
 
 def part_of(event: FunctionEvent | None) -> str:
-    """The part that an operator belongs to: by its own name, or by that of what called it."""
+    """The part that an operator belongs to: by its own name, or by that of what called it.
+
+    Matrix products and copies that our convolutions are made of belong to the convolution.
+    """
     if event is None:
         return "rest"
     name = event.name.lower()
     part = next((part for part, words in NAMES.items() if any(word in name for word in words)), None)
     if part == "convolution" and any(len(shape) == 4 and shape[2:] == [1, 1] for shape in event.input_shapes[1:3]):
         return "linear"                     # the weight of a 1x1 convolution
-    return part or part_of(event.cpu_parent)
+    if part == "convolution" or event.cpu_parent is None:
+        return part or "rest"
+    above = part_of(event.cpu_parent)
+    return above if above == "convolution" or part is None else part
 
 
 def operations(work: Work) -> int:

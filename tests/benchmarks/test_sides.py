@@ -18,6 +18,7 @@ from diffusion import Schedule
 from inversion import Concept
 from inversion.objective import Batch, denoising_loss
 from models.glide_text import GlideTextConfig
+from models.layers import conv3x3
 from models.presets import COSINE, LINEAR, TINY, GlidePreset
 from models.sliced_attention import sliced_attention
 from models.unet import UNetConfig
@@ -113,14 +114,21 @@ def test_a_saved_folder_is_loaded_and_steps_alike(tmp_path: Path) -> None:
 def test_a_profile_knows_a_layer_by_what_it_computes() -> None:
     x = torch.randn(2, 8, 16, 16)
     q = torch.randn(1, 2, 64, 8)
-    parts = {
-        "convolution": partial(nn.Conv2d(8, 8, 3), x),
-        "linear": partial(nn.Conv2d(8, 8, 1), x),
-        "norms": partial(nn.GroupNorm(4, 8), x),
-        "attention": partial(sliced_attention, q, q, q),
-        "rest": partial(torch.nn.functional.silu, x),
-    }
-    for name, step in parts.items():
+    steps = [
+        ("convolution", partial(nn.Conv2d(8, 8, 3), x)),
+        ("convolution", partial(forward_and_back, conv3x3(64, 64), torch.randn(1, 64, 4, 4))),         # `unfolded`
+        ("convolution", partial(forward_and_back, conv3x3(128, 128), torch.randn(1, 128, 32, 32))),    # `winograd`
+        ("linear", partial(nn.Conv2d(8, 8, 1), x)),
+        ("norms", partial(nn.GroupNorm(4, 8), x)),
+        ("attention", partial(sliced_attention, q, q, q)),
+        ("rest", partial(torch.nn.functional.silu, x)),
+    ]
+    for name, step in steps:
         seconds = shares.parts(step)
         assert seconds[name] > 0
-        assert sum(seconds[other] for other in parts if other not in (name, "rest")) == 0
+        assert sum(seconds[other] for other in shares.PARTS if other not in (name, "rest")) == 0
+
+
+def forward_and_back(layer: nn.Module, x: Tensor) -> None:
+    """A frozen layer, and the gradient of its input."""
+    layer.requires_grad_(False)(x.requires_grad_()).sum().backward()
