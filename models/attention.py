@@ -55,8 +55,7 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """A linear layer whose second half, through GELU, gates the first (Shazeer 2020, GEGLU).
 
-    On a CPU a part of the tokens at a time: what is eight times as wide as they are then stays small, and its memory is
-    used again instead of being asked of the system, whose pages cost more than the arithmetic.
+    On a CPU a part of the tokens at a time: what is eight times as wide as they are then stays small.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -90,8 +89,12 @@ class FeedForward(nn.Module):
         return plus_linear(x, self.net[2], widened)
 
     def add_in_parts(self, x: Tensor, norm: nn.LayerNorm) -> None:
-        """x += self(norm(x)), where nothing is recorded: no token is wide any more when the next part's are."""
-        for part in x.flatten(0, 1).split(self.net[0].rows(x)):
+        """x += self(norm(x)) of a contiguous x, (B, N, C), where nothing is recorded.
+
+        A part of the tokens is widened and narrowed before the next is, in the same memory: new pages would cost more
+        than the arithmetic.
+        """
+        for part in x.view(-1, x.shape[-1]).split(self.net[0].rows(x)):
             part.copy_(self.added(part, self.widen(norm(part[None])))[0])
 
 
@@ -100,7 +103,7 @@ class TransformerBlock(nn.Module):
 
     The linear layer that ends a branch stands outside of its checkpoint: frozen, it keeps nothing anyway, and so it is
     not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
-    forward is `last` of `all_but_the_last`. (Where no gradient is wanted there is no last: see `add_in_parts`.)
+    forward is `last` of `all_but_the_last`. (Unrecorded on a CPU, there is no last: see `add_in_parts`.)
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:

@@ -16,7 +16,8 @@ from models.processor import fused_attention_has_bfloat16
 def is_worth_it(x: Tensor) -> bool:
     """Whether a layer of tokens x (…, C_in) is better computed here, with what follows it."""
     suits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and fused_attention_has_bfloat16()
-    return suits and not (records() or torch.compiler.is_compiling())     # torch.compile fuses for itself
+    others = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()     # which cast, or fuse, for themselves
+    return suits and not (others or records())
 
 
 def linear_plus(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

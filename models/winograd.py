@@ -7,9 +7,13 @@ Along both axes of a map, with sums over channels between,
     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        (36 instead of 144),
 
 which makes 36 matrix products of tiles and channels. (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural
-Networks", section 4.) How much is rounded depends on the points: with 0, ±2/3, ±3/2 the error is 1.6e-6 of the
-answer's deviation where a plain convolution has 0.9e-6 to 1.3e-6; with the customary 0, ±1, ±2 it is 3.6e-6. Measured
-on two cores, maps of two images: 320 channels of 64x64: 43 to 21 ms, 1280 to 640 of 32x32: 85 to 43.
+Networks", section 4.) Measured on two cores, maps of two images: 320 channels of 64x64: 43 to 21 ms, 1280 to 640 of
+32x32: 85 to 43.
+
+How much is rounded depends on the points. With 0, ±2/3, ±3/2 the error is 1.6e-6 of the answer's deviation; torch's
+convolution of channels-last maps has 0.9e-6 to 1.3e-6, its sums in another order 0.25e-6, and the customary points 0,
+±1, ±2 have 3.6e-6. It is an error of the whole tile: next to a number that is 10,000 times as large as its neighbours,
+they are right to 1e-2 only; what is not finite makes all pixels of the tiles that see it NaN.
 """
 
 import functools
@@ -32,10 +36,12 @@ ROOM = 2**22 // 36              # places of tiles, kernels and products each tha
 
 def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     """Whether a convolution of a map x (B, C, h, w) is better made here: float32 on a CPU, sides of whole tiles."""
-    suits = x.device.type == "cpu" and x.dtype == torch.float32 and weight.shape[2:] == (3, 3)
-    suits = suits and stride == padding == (1, 1) and not any(side % TILE for side in x.shape[2:])
-    suits = suits and not torch.compiler.is_compiling()      # which would unroll its loops
-    return suits and x[:, 0].numel() >= PIXELS and min(weight.shape[:2]) >= CHANNELS
+    fits = x.ndim == 4 and weight.shape[1:] == (x.shape[1], 3, 3) and stride == padding == (1, 1)
+    suits = fits and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not suits or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():   # which would unroll its loops
+        return False
+    whole = not any(side % TILE for side in x.shape[2:])
+    return whole and x[:, 0].numel() >= PIXELS and min(weight.shape[:2]) >= CHANNELS
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1) -> Tensor:
@@ -60,6 +66,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int, turne
     parts, most = _parts(y, C)
     groups = _slices(len(weight), ROOM // max(most, C))
     some = groups[0].stop
+    # one: tiles, then products; two: tiles at the points; three: kernels at the points, then sums
     one, two, three = (x.new_empty(SEEN**2 * n) for n in (most * max(C, some), most * C, some * max(C, most)))
     for images, rows in parts:
         seen = _tiles(channels_last(x)[images], rows, edges)                                   # (6, 6, b, h, w, C)
@@ -99,7 +106,7 @@ def _parts(y: Tensor, channels: int) -> tuple[list[tuple[slice, slice]], int]:
 
 
 def _slices(total: int, largest: int) -> list[slice]:
-    """Of range(total), about equally large, none larger than that or than one."""
+    """Of range(total), about equally large, none larger than that, if that is one at least."""
     each = math.ceil(total / math.ceil(total / max(largest, 1)))
     return [slice(first, min(first + each, total)) for first in range(0, total, each)]
 

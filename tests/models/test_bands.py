@@ -85,7 +85,7 @@ class TestBands:
         torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), x)[0], **CLOSE)
 
 
-@pytest.mark.parametrize(("rows", "tiled"), [(4, 12), (8, 8)])
+@pytest.mark.parametrize(("rows", "tiled"), [(4, 12), (6, 12), (8, 8)])
 def test_winograds_convolution_in_bands(rows: int, tiled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32; thirteen rows leave one that is no tile, or five, for a plain convolution."""
     x = a_map(torch.float32)[..., :8]

@@ -59,6 +59,8 @@ def test_only_where_no_gradient_goes_back(monkeypatch: pytest.MonkeyPatch) -> No
         assert is_worth_it(x)
         assert not is_worth_it(x.float())
         assert not is_worth_it(x.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not is_worth_it(x)                                              # whose weight may be float32
     seen = []
     y = checkpoint(lambda x: (seen.append(is_worth_it(x)), 2 * x)[1], x.requires_grad_())
     y.sum().backward()

@@ -1,10 +1,13 @@
-"""Winograd's convolutions: the same sums from a quarter of the products, with an error that is hardly larger."""
+"""Winograd's convolutions: the same sums from a quarter of the products, and what is rounded then."""
+
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import winograd
 from models.frozen import conv2d
@@ -69,7 +72,7 @@ def test_the_matrices_make_a_convolution() -> None:
         torch.testing.assert_close(response.view(4, 4, 6, 6), wanted, rtol=0, atol=1e-13)
 
 
-def test_where_it_pays() -> None:
+def test_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(
         channels: int = CHANNELS, out: int = CHANNELS, side: int = 32, batch: int = 1, kernel: int = 3,
         stride: int = 1, padding: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -82,6 +85,10 @@ def test_where_it_pays() -> None:
     assert not any([asked(side=16), asked(channels=4), asked(out=4), asked(side=30)])
     assert not any([asked(stride=2), asked(padding=0), asked(kernel=5), asked(kernel=5, padding=2)])
     assert not any([asked(dtype=torch.float64), asked(dtype=torch.bfloat16), asked(device="meta")])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not asked()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not asked()
 
 
 def test_a_frozen_convolution_takes_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +102,31 @@ def test_a_frozen_convolution_takes_this_way(monkeypatch: pytest.MonkeyPatch) ->
     y = conv2d(x, weight, bias, (1, 1), (1, 1))
     assert error(y, wanted) < 2e-6                                                             # as above
     assert error(torch.autograd.grad(y, x, dy)[0], dx) < 2e-6
+
+
+def test_what_does_not_fit_is_left_to_torch() -> None:
+    """Whose errors name the shapes."""
+    weight = torch.zeros(128, 128, 3, 3)
+    with pytest.raises(RuntimeError, match="to have 128 channels, but got 64"):
+        conv2d(torch.zeros(1, 64, 32, 32), weight, None, (1, 1), (1, 1))
+    assert not is_worth_it(torch.zeros(1, 128, 32, 32), weight.bfloat16(), (1, 1), (1, 1))
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what all the tiles and kernels at their points would take: nothing but the answer is larger than a part."""
+    monkeypatch.setattr(winograd, "ROOM", 700)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _: object, arguments: tuple = (), named: dict | None = None) -> Any:
+            out = function(*arguments, **(named or {}))
+            sizes.append(out.untyped_storage().nbytes() // 4 if isinstance(out, Tensor) else 0)
+            return out
+
+    x, weight = numbers(3, 16, 12, 20), numbers(40, 16, 3, 3)
+    with Sizes():
+        y = convolved(x, weight, None)
+    assert max(size for size in sizes if size not in (x.numel(), y.numel(), weight.numel())) <= 36 * 700
 
 
 def test_what_it_returns_can_be_added_to_in_place() -> None:

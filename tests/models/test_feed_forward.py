@@ -1,0 +1,49 @@
+"""A transformer's feed-forward: where nothing is recorded it goes through its tokens in parts, and adds in place."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import attention
+from models.attention import GEGLU, TransformerBlock
+from models.layers import Condition
+from tests.tiny import randomise
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        made = TransformerBlock(32, 24, heads=4)
+        randomise(made)
+    return made.double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])     # of eighteen tokens
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_in_parts_it_is_what_is_recorded(
+    rows: int, mode: type, block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "PART_BYTES", 1)
+    monkeypatch.setattr(attention, "PART_ROWS", rows)
+    x, context = numbers(2, 9, 32, seed=1), numbers(2, 5, 24, seed=2)
+    recorded = block(x.clone().requires_grad_(), Condition(torch.zeros(2, 1), context))
+    widened, forward, before = [], GEGLU.forward, x.clone()
+    monkeypatch.setattr(GEGLU, "forward", lambda self, x: widened.append(x[..., 0].numel()) or forward(self, x))
+    with mode():
+        found = block(x, Condition(torch.zeros(2, 1), context))
+    # three layers in float64, whose rounding is 2e-16
+    torch.testing.assert_close(found, recorded, rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, before)
+    assert sum(widened) == 18
+    assert max(widened) == min(rows, 18)
+
+
+def test_tokens_that_would_be_copied_are_refused(block: nn.Module) -> None:
+    """What is added to a copy would be lost."""
+    with torch.no_grad(), pytest.raises(RuntimeError, match="view"):
+        block.ff.add_in_parts(numbers(9, 2, 32, seed=1).transpose(0, 1), block.norm3)
