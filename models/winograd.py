@@ -11,9 +11,9 @@ Networks", section 4.) Measured on two cores, maps of two images: 320 channels o
 32x32: 85 to 43.
 
 How much is rounded depends on the points. With 0, ±2/3, ±3/2 the error is 1.6e-6 of the answer's deviation; torch's
-convolution of channels-last maps has 0.9e-6 to 1.3e-6, its sums in another order 0.25e-6, and the customary points 0,
-±1, ±2 have 3.6e-6. It is an error of the whole tile: next to a number that is 10,000 times as large as its neighbours,
-they are right to 1e-2 only; what is not finite makes all pixels of the tiles that see it NaN.
+convolution of channels-last maps has 0.9e-6 to 1.3e-6, of maps that lie a channel at a time 0.25e-6, and the customary
+points 0, ±1, ±2 have 3.6e-6. It is an error of the whole tile: next to a number that is 10,000 times as large as its
+neighbours, they are right to 1e-2 only; what is not finite makes all pixels of the tiles that see it NaN.
 """
 
 import functools
