@@ -7,10 +7,10 @@ is the first forward and the second backward.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from models.fused_attention import fused_attention
 from models.processor import fused_attention_has_bfloat16
 from models.sliced_attention import sliced_attention
 
@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, kind: Attentio
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                           # (B, H, N, d)
     kind = best_kind(q) if kind == "auto" else kind
     if kind == "fused":
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = fused_attention(q, k, v, causal)
     else:
         out = sliced_attention(q, k, v, causal, fused_forward=kind == "mixed")
     return out.transpose(1, 2).flatten(2)

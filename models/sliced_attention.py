@@ -17,9 +17,10 @@ deviation of 9, by 0.5 % against 0.2 % at 1).
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from models.fused_attention import fused_attention
 
 # Of scores. On a CPU products of few rows are slow, and beyond two megabytes heads are better taken one at a time; on a
 # GPU few kernels count for more.
@@ -68,7 +69,7 @@ class _SlicedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.causal, ctx.heads, ctx.rows = causal, heads, rows
         if fused_forward:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return fused_attention(q, k, v, causal)
         out, memory = empty_tokens(q), [_slice(q, k, heads, rows, dtype) for dtype in (_scores(q), q.dtype)]
         for i in some_heads(q, heads):
             scaled, k_t, v_i = (q[i] * q.shape[-1] ** -0.5).contiguous(), k[i].mT.contiguous(), v[i].contiguous()

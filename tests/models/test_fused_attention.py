@@ -1,0 +1,63 @@
+"""torch's fused attention with keys added and masked out, against the plain formula."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.fused_attention import fused_attention
+
+
+def inputs(rows: int, keys: int, dtype: torch.dtype) -> list[Tensor]:
+    g = torch.Generator().manual_seed(keys)
+    sizes = [(2, n, 3, 8) for n in (rows, keys, keys, rows)]           # the heads of a token side by side
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for s in sizes]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 77])
+def test_equals_the_plain_formula(keys: int) -> None:
+    q, k, v, g = inputs(80, keys, torch.float64)
+    ours, theirs = fused_attention(q, k, v), plain(q, k, v)
+    # 1e-13: a few hundred float64 roundings (2e-16) of numbers of order one
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_keys_that_were_added_weigh_nothing(dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v, _ = (x.detach() for x in inputs(96, 77, dtype))
+    q, k = q.abs(), k - 30                                              # scores from -150 to -20: zeros would outweigh them
+    exact = plain(q.double(), k.double(), v.double())
+    # scores of 150 are rounded to 1.5e-5, exponentials by as much of themselves; in bfloat16 weights and values by 4e-3
+    torch.testing.assert_close(fused_attention(q, k, v).double(), exact, rtol=0, atol=tolerance)
+
+
+def keys_seen(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[int]:
+    """Of how many keys torch's fused kernel was told."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+                seen.append(args[1].shape[2])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        fused_attention(q, k, v, causal)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_kernel_is_given_multiples_of_sixteen(dtype: torch.dtype) -> None:
+    q, k, v, _ = inputs(96, 77, dtype)
+    assert keys_seen(q, k, v) == [80]
+    assert keys_seen(q, k[:, :, :64], v[:, :, :64]) == [64]
+    assert keys_seen(q[:, :, :77], k, v, causal=True) == [77]
+    assert keys_seen(q[:, :, :5], k, v) == [77]
