@@ -36,7 +36,7 @@ class _GroupNorm(torch.autograd.Function):
         moments = () if plainly(x) else statistics(x, groups)
         ctx.save_for_backward(x, scale, shift, weight, bias, *moments)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        y, _, _ = normalised(x, weight, bias, groups, eps, *moments)
+        y = normed(x, *moments, weight, bias, eps) if moments else torch.group_norm(x, groups, weight, bias, eps)
         if scale is not None:
             y.mul_(1 + scale).add_(shift)
         return F.silu(y, inplace=True) if silu else y
@@ -84,9 +84,9 @@ def normalised(
 
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of the group of each channel, (B, C) in at least float32. x: (B, C, h, w), on a CPU."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    moments = zip(*(_moments(one, wide) for one in x.split(1)))
-    means, variances = (torch.stack(several).unflatten(1, (groups, -1)) for several in moments)     # (B, groups, C/g)
+    unused = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))       # running means, untouched
+    found = [each for one in x.split(1) for each in torch.batch_norm_update_stats(one, unused, unused, 0.0)]
+    means, variances = torch.stack(found).view(len(x), 2, groups, -1).unbind(1)                # (B, groups, C/g) both
     mean = means.mean(dim=2, keepdim=True)                                                     # (B, groups, 1)
     var = (variances + (means - mean).square()).mean(dim=2, keepdim=True)
     return mean.expand_as(means).flatten(1), var.expand_as(means).flatten(1)
@@ -98,9 +98,3 @@ def normed(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, e
     for one, out, m, v in zip(x.split(1), y.split(1), mean, var):
         torch.native_batch_norm(one, weight, bias, m, v, False, 0.0, eps, out=(out, unused, unused))
     return y
-
-
-def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, (C,), of x (1, C, h, w)."""
-    running = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))                         # asked for, of no use
-    return torch.batch_norm_update_stats(x, *running, 0.0)

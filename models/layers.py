@@ -116,6 +116,9 @@ def plus_conv(h: Tensor, conv: Conv2d, x: Tensor) -> Tensor:
     """h + conv(x), of a 1x1 convolution, in the memory of h, which nobody else may read."""
     if goes_in_bands(conv, x):
         return bands.plus_pointwise(h, x, conv.weight, conv.bias)
+    sides = tokens_of(h), tokens_of(x)
+    if fused_linear.is_worth_it(x) and all(side.is_contiguous() for side in sides):
+        return map_of(plus_linear(sides[0], conv, sides[1]), x.shape[2])
     return plus(h, conv(x))
 
 
@@ -124,6 +127,13 @@ def plus_linear(h: Tensor, layer: Linear | Conv2d, x: Tensor) -> Tensor:
     if fused_linear.is_worth_it(x):
         return fused_linear.linear_plus(h, x, layer.weight.flatten(1), layer.bias)
     return plus(layer(x), h)
+
+
+def conv_plus(conv: Conv2d, x: Tensor, emb: Tensor) -> Tensor:
+    """conv(x) + emb, (b, C, 1, 1), each for as many images as stand in x. Of one emb for all the bias takes it in."""
+    if len(emb) > 1 or emb.requires_grad or trains(conv):
+        return plus(conv(x), for_each(emb, x))
+    return frozen.conv2d(x, conv.weight, conv.bias + emb.flatten(), conv.stride, conv.padding)
 
 
 def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:

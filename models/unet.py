@@ -30,10 +30,12 @@ from models.layers import (
     NormSiLU,
     Upsample,
     conv3x3,
+    conv_plus,
     doubled_conv,
     for_each,
     half,
     plus,
+    plus_conv,
     timestep_embedding,
     twice,
     zero,
@@ -129,15 +131,20 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         def before_the_last(x: Tensor, emb: Tensor) -> Tensor:
-            h = first_norm(x)
-            h = doubled_conv(first_conv, h) if self.resample is twice else first_conv(self.resample(h))
-            emb = for_each(self.emb_layers(emb)[:, :, None, None], h)                          # (B, C_out (· 2), 1, 1)
+            h, emb = first_norm(x), self.emb_layers(emb)[:, :, None, None]                     # (b, C_out (· 2), 1, 1)
+            doubles = self.resample is twice
+            if not (doubles or self.scale_shift):
+                return norm(conv_plus(first_conv, self.resample(h), emb))
+            h = doubled_conv(first_conv, h) if doubles else first_conv(self.resample(h))
+            emb = for_each(emb, h)                                                             # (B, C_out (· 2), 1, 1)
             return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
 
         first_norm, _, first_conv = self.in_layers
         norm, _, _, conv = self.out_layers
         h = conv(cond.run("blocks", self, before_the_last, x, cond.emb))
-        return plus(h, self.skip_connection(self.resample(x)))
+        if isinstance(self.skip_connection, Conv2d):
+            return plus_conv(h, self.skip_connection, self.resample(x))
+        return plus(h, self.resample(x))
 
 
 class Downsample(nn.Module):

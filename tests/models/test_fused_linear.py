@@ -8,7 +8,8 @@ from torch import Tensor
 from models import fused_linear
 from models.checkpointing import checkpoint
 from models.fused_linear import is_worth_it, linear_geglu, linear_plus
-from models.layers import Linear, plus_linear
+from models.layers import Condition, Conv2d, Linear, plus_conv, plus_linear
+from models.unet import ResBlock
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor multiplies in float32 alone"
@@ -76,3 +77,23 @@ def test_layers_take_this_way_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
     for pays in (True, False):
         monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda pays=pays: pays)
         assert isinstance(plus_linear(h, project, x), str) == pays
+
+
+@torch.no_grad()
+def test_a_pointwise_convolution_and_its_addition_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    conv, x, h = Conv2d(64, 48, 1).bfloat16(), numbers(2, 64, 8, 12), numbers(2, 48, 8, 12, seed=1)
+    exact = h.double() + F.conv2d(x.double(), conv.weight.double(), conv.bias.double())
+    last = [y.contiguous(memory_format=torch.channels_last) for y in (h, x)]
+    assert roundings(plus_conv(last[0], conv, last[1]), exact) < 1.2
+    assert roundings(plus_conv(h.clone(), conv, x), exact) > 1.4            # of maps that lie a channel at a time: two
+
+
+@torch.no_grad()
+def test_shortcuts_of_residual_blocks_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    calls, plain = [], fused_linear.linear_plus
+    monkeypatch.setattr(fused_linear, "linear_plus", lambda *args: calls.append(args) or plain(*args))
+    x = numbers(2, 64, 64, 64).contiguous(memory_format=torch.channels_last)
+    ResBlock(64, 32, 8, 8).bfloat16().requires_grad_(False)(x, Condition(numbers(1, 8), None))
+    assert len(calls) == 1

@@ -2,9 +2,12 @@
 
 import math
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from models.layers import Upsample, timestep_embedding, zero
+from models import layers
+from models.layers import Conv2d, Upsample, conv_plus, timestep_embedding, zero
 from models.vae import Downsample, VAEConfig
 
 
@@ -48,3 +51,24 @@ def test_upsampling_repeats_pixels() -> None:
 def test_factor_counts_the_halvings() -> None:
     assert VAEConfig().factor == 8
     assert VAEConfig(channel_mult=(1, 2)).factor == 2
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("learns", ["nothing", "weights", "emb"])
+def test_what_is_told_after_a_convolution(learns: str, images: int) -> None:
+    """One vector for all images, and one each; the gradients of what learns are those of the sum."""
+    torch.manual_seed(0)
+    conv = Conv2d(4, 5, 3, padding=1).double().requires_grad_(learns == "weights")
+    x, emb = torch.randn(3, 4, 6, 7, dtype=torch.float64), torch.randn(images, 5, 1, 1, dtype=torch.float64)
+    emb.requires_grad_(learns == "emb")
+    wanted = F.conv2d(x, conv.weight, conv.bias, padding=1) + emb
+    found = conv_plus(conv, x, emb)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)           # a few roundings of numbers of order one
+    sources = {"nothing": [], "weights": [conv.weight, conv.bias], "emb": [emb]}[learns]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), sources) for y in (found, wanted) if sources)):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_what_all_images_are_told_costs_no_addition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "plus", lambda *args: pytest.fail("it was added"))
+    conv_plus(Conv2d(2, 2, 1).requires_grad_(False), torch.ones(3, 2, 4, 4), torch.ones(1, 2, 1, 1))
