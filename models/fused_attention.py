@@ -1,9 +1,9 @@
 """torch's fused attention, which on a CPU is given as many keys as its loops take at a time.
 
 There a softmax goes over 16 keys at once and over what is left one by one, which of a text's 77 keys takes half of the
-time. With three more, masked out, there is no rest: a masked key has the weight exp(-inf) = 0. Measured on two cores, 2x8
-heads of 4096 queries: 7.0 to 3.8 ms in bfloat16, 9.2 to 5.7 in float32, where the gradients of one image take 7.5 ms
-instead of 9.9.
+time. With three more, masked out, there is no rest: a masked key has the weight exp(-inf) = 0. Measured on two cores,
+2x8 heads of 4096 queries: 7.0 to 3.8 ms in bfloat16, 9.2 to 5.7 in float32, where the gradients of one image take 7.5
+ms instead of 9.9.
 """
 
 import torch.nn.functional as F

@@ -9,16 +9,26 @@ from models import doubled
 from models.layers import Upsample, twice
 from models.unet import ResBlock
 
+original = doubled.doubled_conv
+
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("band_rows", [1, 2, 5])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("band_rows", [1, 2, 5, 10])
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (2, 1)])
-def test_value_and_gradient(band_rows: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doubled, "BAND_BYTES", band_rows * size[1] * 9 * 4 * 8)
+def test_value_and_gradient(
+    band_rows: int, channels: int, size: tuple[int, int], last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever rows, images and channels of the answer are made at a time, and however map and weight lie."""
+    monkeypatch.setattr(doubled, "SOME", channels * 6 * 9)
+    monkeypatch.setattr(doubled, "BAND_BYTES", band_rows * size[1] * 9 * channels * 8)
     x, weight, bias = numbers(2, 6, *size).requires_grad_(), numbers(4, 6, 3, 3, seed=1), numbers(4, seed=2)
+    if last:
+        x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight))
     wanted = F.conv2d(twice(x), weight, bias, padding=1)
     dy = numbers(*wanted.shape, seed=3)
     (dx,) = torch.autograd.grad(wanted, x, dy)
@@ -31,7 +41,7 @@ def test_value_and_gradient(band_rows: int, size: tuple[int, int], monkeypatch: 
 def test_what_is_large_enough_for_it() -> None:
     x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(64, 8, 3, 3)
     assert doubled.is_worth_it(x, weight)
-    for other in (x[:, :, :3, :3], x.bfloat16(), x.to("meta")):
+    for other in (x[:, :, :1, :2], x.bfloat16(), x.to("meta")):
         assert not doubled.is_worth_it(other, weight.to(other.device))
 
 
@@ -53,4 +63,11 @@ def test_layers_that_double_take_this_way_if_frozen(grad: bool, monkeypatch: pyt
         calls.clear()
 
 
-original = doubled.doubled_conv
+def test_products_of_a_band_take_no_more_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubled, "BAND_BYTES", 8 * 7 * 36 * 5)
+    made, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: made.append(linear(*args)) or made[-1])
+    doubled.doubled_conv(numbers(2, 6, 5, 7), numbers(4, 6, 3, 3), numbers(4))
+    assert [len(products) for products in made] == [1, 1]                 # an image fits, two do not
+    doubled.doubled_conv(numbers(2, 6, 2, 7), numbers(4, 6, 3, 3), numbers(4))
+    assert [len(products) for products in made[2:]] == [2]

@@ -33,7 +33,7 @@ def test_equals_the_plain_formula(keys: int) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_keys_that_were_added_weigh_nothing(dtype: torch.dtype, tolerance: float) -> None:
     q, k, v, _ = (x.detach() for x in inputs(96, 77, dtype))
-    q, k = q.abs(), k - 30                                              # scores from -150 to -20: zeros would outweigh them
+    q, k = q.abs(), k - 30                                  # scores from -150 to -20, which zeros would outweigh
     exact = plain(q.double(), k.double(), v.double())
     # scores of 150 are rounded to 1.5e-5, exponentials by as much of themselves; in bfloat16 weights and values by 4e-3
     torch.testing.assert_close(fused_attention(q, k, v).double(), exact, rtol=0, atol=tolerance)
