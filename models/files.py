@@ -7,7 +7,8 @@ as it is while a model that was loaded from it is in use; replacing it by renami
 
 import json
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ class Weights:
     def open(self, only: Container[str] | None = None) -> dict[str, Tensor]:
         """Every tensor by its name, or only those of some names, mapped anew. Raises ModelError as `open_tensors`."""
         return {key: tensor for file in self.files for key, tensor in open_tensors(file, only).items()}
+
+    def names(self) -> set[str]:
+        """The name of every tensor, of which none is mapped. Raises ModelError as `open_tensors`."""
+        return {name for file in self.files for name in tensor_names(file)}
 
     def __str__(self) -> str:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
@@ -52,6 +57,15 @@ def open_tensors(path: str | Path, only: Container[str] | None = None) -> dict[s
     return {key: tensor for key, tensor in found.items() if only is None or key in only}
 
 
+def tensor_names(path: Path) -> set[str]:
+    """The names that `open_tensors` gives, and what it raises."""
+    if path.suffix != ".safetensors":
+        return set(open_tensors(path))
+    refuse_unreadable(path)
+    with _safetensors(path) as file:
+        return set(file.keys())
+
+
 def refuse_unreadable(path: Path) -> None:
     """Raise ModelError for a file that is missing or empty, or a git-lfs pointer left in its place."""
     if not path.is_file():
@@ -68,22 +82,24 @@ def refuse_unreadable(path: Path) -> None:
 
 def metadata(path: Path) -> dict[str, str]:
     """The text that a .safetensors file carries beside its tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ModelError(f"{path} cannot be read; it is truncated or damaged ({error})") from error
+    with _safetensors(path) as file:
+        return file.metadata() or {}
 
 
 def _open_safetensors(path: Path, only: Container[str] | None) -> dict[str, Tensor]:
+    with _safetensors(path) as file:
+        names = file.keys()                                             # it is no mapping
+        return {key: file.get_tensor(key) for key in names if only is None or key in only}
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """The file, open. Raises ModelError for one that is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()                                         # it is no mapping
-            return {key: file.get_tensor(key) for key in names if only is None or key in only}
+            yield file
     except SafetensorError as error:
         raise ModelError(f"{path} cannot be read; it is truncated or damaged ({error})") from error
 

@@ -57,9 +57,9 @@ def read_folder(
     model = outline_folder(folder, prediction)
     for part, (role, network) in _networks(model).items():
         weights = find_weights(folder / part, STEMS[part], variant)
-        known = {name: layout for name, layout in LAYOUTS[role].items() if name.startswith("diffusers")}
-        model.names[role] = best_layout(network, known, weights.open())
-        model.kept[role] = fill([Part(network, known[model.names[role]])], weights, dtype, device)
+        known = {name: Part(network, how) for name, how in LAYOUTS[role].items() if name.startswith("diffusers")}
+        model.names[role] = best_layout(known, weights.names())
+        model.kept[role] = fill([known[model.names[role]]], weights, dtype, device)
     return model
 
 

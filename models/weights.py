@@ -11,8 +11,9 @@ What is published but not used (noise schedules, averaged weights, a last block 
 aside, unread.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Part:
     network: nn.Module
     layout: Layout
 
+    @cached_property
     def stored(self) -> list[Stored]:
         """The tensors to expect."""
         return stored(self.network, self.layout)
@@ -60,10 +62,9 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make().requires_grad_(False).eval()
 
 
-def best_layout(network: nn.Module, layouts: Mapping[str, Layout], names: Iterable[str]) -> str:
-    """Which of several layouts accounts for most of the names in a file."""
-    names = set(names)
-    return max(layouts, key=lambda key: len(names & {entry.name for entry in stored(network, layouts[key])}))
+def best_layout(parts: Mapping[str, Part], names: Container[str]) -> str:
+    """Which of the same network's parts, each of another layout, accounts for most of the names in a file."""
+    return max(parts, key=lambda key: sum(entry.name in names for entry in parts[key].stored))
 
 
 def fill(
@@ -78,7 +79,7 @@ def fill(
     tensors = weights.open()
     unused = _check(parts, tensors, str(weights))
     for part in parts:
-        entries = part.stored()
+        entries = part.stored
         wanted = choose_dtype(dtype, tensors[entries[0].name].dtype, device)
         as_it_is = device.type == "cpu" and all(tensors[entry.name].dtype == wanted for entry in entries)
         state: dict[str, Tensor] = {}
@@ -97,7 +98,7 @@ def assign(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
     """Give networks tensors that are in memory, as they are. Returns the unused names; raises as `fill`."""
     unused = _check(parts, tensors, where)
     for part in parts:
-        state = {name: t for entry in part.stored() for name, t in entry.split(tensors[entry.name]).items()}
+        state = {name: t for entry in part.stored for name, t in entry.split(tensors[entry.name]).items()}
         part.network.load_state_dict(state, assign=True)
         part.network.requires_grad_(False)
     return unused
@@ -106,7 +107,7 @@ def assign(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
 def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a network under the names of a layout, in another dtype if one is given."""
     state = part.network.state_dict()
-    return {entry.name: entry.join(state).to(dtype or state[entry.parts[0]].dtype) for entry in part.stored()}
+    return {entry.name: entry.join(state).to(dtype or state[entry.parts[0]].dtype) for entry in part.stored}
 
 
 def write_safetensors(
@@ -164,7 +165,7 @@ def _batches(entries: Iterable[Stored]) -> Iterator[list[Stored]]:
 
 def _check(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> list[str]:
     """The names in a file that are known but unused; raises ModelError for everything that does not fit."""
-    expected = {entry.name: entry for part in parts for entry in part.stored()}
+    expected = {entry.name: entry for part in parts for entry in part.stored}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     unused = [
         name

@@ -51,7 +51,7 @@ def test_published_files_have_exactly_these_tensors(name: str) -> None:
         for n, layout in PUBLISHED[name].items()
     ]
     for part in parts:
-        for entry in part.stored():
+        for entry in part.stored:
             assert left.pop(entry.name) == entry.shape, entry.name
     assert all(any(part.layout.leaves(key, part.network) for part in parts) for key in left)
     assert len(left) == UNUSED.get(name, 0)
@@ -107,7 +107,7 @@ def test_the_vaes_attention_is_found_as_matrix_and_as_convolution(layout: str) -
     network, again = TINY["vae"](), on_meta(TINY["vae"])
     part = Part(network, LAYOUTS["vae"][layout])
     tensors = gather(part)
-    for entry in part.stored():
+    for entry in part.stored:
         if entry.either:
             flip = entry.shape[:2] if len(entry.shape) == 4 else (*entry.shape, 1, 1)
             tensors[entry.name] = tensors[entry.name].reshape(flip)

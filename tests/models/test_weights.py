@@ -125,7 +125,8 @@ def test_the_layout_of_a_file_is_recognised() -> None:
     for role, make in (("text", text), ("vae", lambda: VAE(presets.TINY.vae))):
         network = make()
         for name, layout in LAYOUTS[role].items():
-            assert best_layout(on_meta(make), LAYOUTS[role], gather(Part(network, layout))) == name
+            parts = {other: Part(on_meta(make), how) for other, how in LAYOUTS[role].items()}
+            assert best_layout(parts, gather(Part(network, layout))) == name
 
 
 class TestDtype:
