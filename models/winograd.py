@@ -31,7 +31,8 @@ Pair = tuple[int, int]
 TILE, SEEN = 4, 6               # pixels of an answer's tile along an axis, and of what it is made from
 POINTS = Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)
 PIXELS, CHANNELS = 512, 128     # of all images, and of both maps: from these on it is the quicker way
-ROOM = 2**22 // 36              # places of tiles, kernels and products each that are kept at their 36 points at a time
+ROOM = 96 * 1280                # places of tiles, kernels and products each that are kept at their 36 points at a time
+LANES = 16                      # numbers of a register: answers of so many channels are made together
 
 
 def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
@@ -64,7 +65,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int, turne
     y = empty(x, len(weight), x.shape[2] + 2 * edges - 2, x.shape[3])
     answers = y.permute(0, 2, 3, 1).unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE))          # (B, h, 4, w, 4, C_out)
     parts, most = _parts(y, C)
-    groups = _slices(len(weight), ROOM // max(most, C))
+    groups = _slices(len(weight), ROOM // max(most, C), LANES)
     some = groups[0].stop
     # one: tiles, then products; two: tiles at the points; three: kernels at the points, then sums
     one, two, three = (x.new_empty(SEEN**2 * n) for n in (most * max(C, some), most * C, some * max(C, most)))
@@ -105,9 +106,10 @@ def _parts(y: Tensor, channels: int) -> tuple[list[tuple[slice, slice]], int]:
     return [(i, r) for i in images for r in rows], images[0].stop * rows[0].stop * width
 
 
-def _slices(total: int, largest: int) -> list[slice]:
-    """Of range(total), about equally large, none larger than that, if that is one at least."""
-    each = math.ceil(total / math.ceil(total / max(largest, 1)))
+def _slices(total: int, largest: int, multiple: int = 1) -> list[slice]:
+    """Of range(total), about equally large, all but the last of a multiple, none larger than that if that allows it."""
+    largest = max(1, largest // multiple) * multiple
+    each = math.ceil(total / math.ceil(total / largest) / multiple) * multiple
     return [slice(first, min(first + each, total)) for first in range(0, total, each)]
 
 
