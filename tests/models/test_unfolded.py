@@ -46,11 +46,14 @@ def test_the_gradient_in_bfloat16_is_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "side", "stride", "padding", "small"),
-    [(64, 4, 1, 1, True), (64, 9, 1, 1, False), (64, 12, 2, 1, True), (64, 18, 2, 1, False), (64, 4, 1, 0, False)],
-)
-def test_small_maps_under_large_weights(channels: int, side: int, stride: int, padding: int, small: bool) -> None:
-    x, weight = torch.zeros(1, channels, side, side), torch.zeros(channels, channels, 3, 3)
+    ("kernel", "side", "stride", "padding", "small"),
+    [
+        (3, 4, 1, 1, True), (3, 9, 1, 1, False), (3, 12, 2, 1, True), (3, 18, 2, 1, False), (3, 4, 1, 0, False),
+        (1, 7, 1, 0, True), (1, 8, 1, 0, False),
+    ],
+)  # fmt: skip
+def test_small_maps_under_large_weights(kernel: int, side: int, stride: int, padding: int, small: bool) -> None:
+    x, weight = torch.zeros(1, 64, side, side), torch.zeros(64, 64, kernel, kernel)
     assert is_small(x, weight, (stride, stride), (padding, padding)) == small
     assert not is_small(x.to("meta"), weight.to("meta"), (stride, stride), (padding, padding))
 
