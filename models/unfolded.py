@@ -7,8 +7,8 @@ or, where the weight lies channels-last, (C_out, k k C_in), which makes copies o
 A convolution's kernel brings the weight into an order of its own at every call; at the bottom of a UNet, 1280 channels
 wide and 8x8 small, that takes most of its time, and as much memory as the weight. The product reads the weight as it
 lies, in a file's memory map too. (Chellapilla et al. 2006, "im2col".) Measured on two cores, 2560 to 1280 channels of
-8x8 in float32: 93 to 31 ms forward, 83 to 18 ms backward; from 32x32 on the copies of the patches cost more. A kernel of 1x1 needs none: 1280 channels
-of 2x16x16, 6.1 to 5.5 ms.
+8x8 in float32: 93 to 31 ms forward, 83 to 18 ms backward; from 32x32 on the copies of the patches cost more. A kernel
+of 1x1 needs none: 1280 channels of 2x16x16, 6.1 to 5.5 ms.
 """
 
 import torch
