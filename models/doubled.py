@@ -73,7 +73,8 @@ class _DoubledConv(torch.autograd.Function):
 def _some_taps(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(O, C, 3, 3) -> (3 * 3 * n, C) for n of the O at a time, and which they are.
 
-    torch copies numbers nine apart five times as slowly as it multiplies them by one.
+    torch copies numbers nine apart five times as slowly as it multiplies them by one. (One that is not finite makes
+    all nine of its kernel NaN.)
     """
     n, channels = max(1, SOME // weight[0].numel()), weight.shape[1]
     for first in range(0, len(weight), n):
@@ -110,10 +111,10 @@ def _spread(sums: Tensor, dim: int) -> Tensor:
 
 def _bands(small: Tensor, taps: Tensor) -> list[tuple[slice, int, int]]:
     """Images, the first row and the one after the last of each band of the small map (B, h, w, C), whose products with
-    the taps (9 n, C) take at most BAND_BYTES: all images whole, or rows of one at a time.
+    the taps (9 n, C) take at most BAND_BYTES, those of the rows seen beyond it aside: all images whole, or rows of one.
     """
     images, height, width, _ = small.shape
     rows = max(1, BAND_BYTES // (width * len(taps) * taps.element_size()))
-    each = images if images * height <= rows else 1
+    each = max(1, images) if images * height <= rows else 1
     starts = [(i, first) for i in range(0, images, each) for first in range(0, height, rows)]
     return [(slice(i, i + each), first, min(first + rows, height)) for i, first in starts]

@@ -19,7 +19,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Te
     """
     keys = k.shape[2]
     missing = -keys % LANES
-    if not missing or causal or keys > q.shape[2] or q.device.type != "cpu":      # of few queries the copies cost more
+    if not missing or causal or 2 * keys > q.shape[2] or q.device.type != "cpu":  # of few queries the copies cost more
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     mask = F.pad(k.new_zeros(1, keys), (0, missing), value=float("-inf"))                      # (1, M + missing)
     k, v = (F.pad(x, (0, 0, 0, missing)) for x in (k, v))

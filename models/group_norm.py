@@ -36,7 +36,7 @@ class _GroupNorm(torch.autograd.Function):
         moments = () if plainly(x) else statistics(x, groups)
         ctx.save_for_backward(x, scale, shift, weight, bias, *moments)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        y = normed(x, *moments, weight, bias, eps) if moments else torch.group_norm(x, groups, weight, bias, eps)
+        y = normed(x, *moments, weight, bias, eps) if moments else normalised(x, weight, bias, groups, eps)[0]
         if scale is not None:
             y.mul_(1 + scale).add_(shift)
         return F.silu(y, inplace=True) if silu else y

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models import bands, doubled, frozen, fused_linear
 from models.attend import AttentionKind
-from models.checkpointing import Checkpointing, checkpoint
+from models.checkpointing import Checkpointing, checkpoint, records
 from models.errors import ModelError
 from models.group_norm import frozen_group_norm
 from models.processor import matrix_products_are_fast
@@ -130,8 +130,10 @@ def plus_linear(h: Tensor, layer: Linear | Conv2d, x: Tensor) -> Tensor:
 
 
 def conv_plus(conv: Conv2d, x: Tensor, emb: Tensor) -> Tensor:
-    """conv(x) + emb, (b, C, 1, 1), each for as many images as stand in x. Of one emb for all the bias takes it in."""
-    if len(emb) > 1 or emb.requires_grad or trains(conv):
+    """conv(x) + emb, (b, C, 1, 1), each for as many images as stand in x. Of one emb for all, which does not learn, the
+    bias takes it in.
+    """
+    if len(emb) != 1 or records() or trains(conv):
         return plus(conv(x), for_each(emb, x))
     return frozen.conv2d(x, conv.weight, conv.bias + emb.flatten(), conv.stride, conv.padding)
 

@@ -142,9 +142,9 @@ class ResBlock(nn.Module):
         first_norm, _, first_conv = self.in_layers
         norm, _, _, conv = self.out_layers
         h = conv(cond.run("blocks", self, before_the_last, x, cond.emb))
-        if isinstance(self.skip_connection, Conv2d):
+        if type(self.skip_connection) is Conv2d:
             return plus_conv(h, self.skip_connection, self.resample(x))
-        return plus(h, self.resample(x))
+        return plus(h, self.skip_connection(self.resample(x)))
 
 
 class Downsample(nn.Module):

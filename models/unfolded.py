@@ -16,17 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layout import empty
+from models.processor import matrix_products_are_fast
 
 Pair = tuple[int, int]
-SMALLER = 8     # a map is small if the weight has more than so many times its numbers, or more at all if it is 1x1
+SMALLER = 8     # a map is small if the weight has more than so many times its numbers, one of 1x1 more than them
 
 
 def is_small(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     """Whether a convolution of a map x (B, C, h, w) is better made here: one that keeps the size, or halves it."""
     k = weight.shape[2]
     usual = weight.shape[3] == k and k % 2 == 1 and padding == (k // 2, k // 2) and stride[0] == stride[1]
-    times = 1 if k == 1 else SMALLER
-    return usual and x.device.type == "cpu" and weight.numel() > times * x.numel() // stride[0] ** 2
+    if not usual or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    times = 1 if k == 1 and matrix_products_are_fast() else SMALLER
+    return weight.numel() > times * x.numel() // stride[0] ** 2
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:

@@ -71,3 +71,15 @@ def test_products_of_a_band_take_no_more_than_is_allowed(monkeypatch: pytest.Mon
     assert [len(products) for products in made] == [1, 1]                 # an image fits, two do not
     doubled.doubled_conv(numbers(2, 6, 2, 7), numbers(4, 6, 3, 3), numbers(4))
     assert [len(products) for products in made[2:]] == [2]
+
+
+def test_kernels_come_into_order_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubled, "SOME", 6 * 9 * 3 + 1)
+    made, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, taps: made.append(len(taps)) or linear(x, taps))
+    doubled.doubled_conv(numbers(1, 6, 2, 2), numbers(7, 6, 3, 3), numbers(7))
+    assert made == [27, 27, 9]
+
+
+def test_no_images() -> None:
+    assert doubled.doubled_conv(numbers(0, 6, 2, 2), numbers(4, 6, 3, 3), numbers(4)).shape == (0, 4, 4, 4)

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from models import ModelError
-from models.files import find_weights, open_tensors
+from models.files import find_weights, open_tensors, tensor_names
 from models.pickles import Inert, read_pickle
+
+Read = Callable[[Path], Any]
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
@@ -114,28 +116,29 @@ def test_files_are_mapped(tmp_path: Path, lies_in: Callable[[torch.Tensor, Path]
     assert open_tensors(file, only={"a", "c"}).keys() == {"a"}
 
 
+@pytest.mark.parametrize("read", [open_tensors, tensor_names])
 class TestUnreadable:
-    def test_missing(self, tmp_path: Path) -> None:
+    def test_missing(self, read: Read, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="there is no file"):
-            open_tensors(tmp_path / "no.safetensors")
+            read(tmp_path / "no.safetensors")
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
-    def test_empty(self, tmp_path: Path, name: str) -> None:
+    def test_empty(self, read: Read, tmp_path: Path, name: str) -> None:
         (tmp_path / name).touch()
         with pytest.raises(ModelError, match="is empty"):
-            open_tensors(tmp_path / name)
+            read(tmp_path / name)
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a.bin"])
-    def test_git_lfs_pointer(self, tmp_path: Path, name: str) -> None:
+    def test_git_lfs_pointer(self, read: Read, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265380512\n"
         )
         with pytest.raises(ModelError, match="git-lfs pointer.*git lfs pull"):
-            open_tensors(tmp_path / name)
+            read(tmp_path / name)
 
     @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
     @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "old.ckpt"])
-    def test_truncated(self, tmp_path: Path, name: str, share: float) -> None:
+    def test_truncated(self, read: Read, tmp_path: Path, name: str, share: float) -> None:
         state = {"a": torch.ones(2000)}
         if name == "a.safetensors":
             save_file(state, tmp_path / name)
@@ -144,13 +147,13 @@ class TestUnreadable:
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(ModelError, match=r"truncated|does not hold"):
-            open_tensors(tmp_path / name)
+            read(tmp_path / name)
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
-    def test_something_else(self, tmp_path: Path, name: str) -> None:
+    def test_something_else(self, read: Read, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_text("<html>404 Not Found, the page that you asked for does not exist</html>")
         with pytest.raises(ModelError):
-            open_tensors(tmp_path / name)
+            read(tmp_path / name)
 
 
 class TestFinding:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks._saved_bytes import SavedBytes
 from models.frozen import conv2d, geglu
@@ -87,6 +88,17 @@ def test_bfloat16_is_rounded_once() -> None:
     exact = F.group_norm(x.double(), 32)
     y = frozen_group_norm(x, torch.ones(64).bfloat16(), torch.zeros(64).bfloat16(), 32, 1e-5)
     torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-8, atol=1e-5)     # to the neighbour at most
+
+
+def test_on_a_gpu_it_stays_in_its_dtype_under_autocast() -> None:
+    """As its backward pass needs it; torch's own group norm would answer in float32."""
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = (torch.empty(n, device="cuda", dtype=torch.float16) for n in ((1, 8, 4, 4), 8))
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert frozen_group_norm(x, weight, weight, 4, 1e-5).dtype == torch.float16
+        finally:
+            torch.set_autocast_enabled("cuda", False)
 
 
 class TestKept:

@@ -1,5 +1,6 @@
 """torch's fused attention with keys added and masked out, against the plain formula."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.attend import AttentionKind, attend
 from models.fused_attention import fused_attention
 
 
@@ -22,7 +24,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("keys", [1, 15, 16, 17, 77])
 def test_equals_the_plain_formula(keys: int) -> None:
-    q, k, v, g = inputs(80, keys, torch.float64)
+    q, k, v, g = inputs(160, keys, torch.float64)
     ours, theirs = fused_attention(q, k, v), plain(q, k, v)
     # 1e-13: a few hundred float64 roundings (2e-16) of numbers of order one
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
@@ -32,15 +34,15 @@ def test_equals_the_plain_formula(keys: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_keys_that_were_added_weigh_nothing(dtype: torch.dtype, tolerance: float) -> None:
-    q, k, v, _ = (x.detach() for x in inputs(96, 77, dtype))
+    q, k, v, _ = (x.detach() for x in inputs(160, 77, dtype))
     q, k = q.abs(), k - 30                                  # scores from -150 to -20, which zeros would outweigh
     exact = plain(q.double(), k.double(), v.double())
     # scores of 150 are rounded to 1.5e-5, exponentials by as much of themselves; in bfloat16 weights and values by 4e-3
     torch.testing.assert_close(fused_attention(q, k, v).double(), exact, rtol=0, atol=tolerance)
 
 
-def keys_seen(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[int]:
-    """Of how many keys torch's fused kernel was told."""
+def keys_seen(*args: Any, run: Callable[..., Tensor] = fused_attention, **more: Any) -> list[int]:
+    """Of how many keys torch's fused kernel was told by run(*args)."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -50,14 +52,21 @@ def keys_seen(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[int
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        fused_attention(q, k, v, causal)
+        run(*args, **more)
     return seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_kernel_is_given_multiples_of_sixteen(dtype: torch.dtype) -> None:
-    q, k, v, _ = inputs(96, 77, dtype)
+    q, k, v, _ = inputs(160, 77, dtype)
     assert keys_seen(q, k, v) == [80]
+    assert keys_seen(q, k[:, :, :72], v[:, :, :72]) == [80]
     assert keys_seen(q, k[:, :, :64], v[:, :, :64]) == [64]
     assert keys_seen(q[:, :, :77], k, v, causal=True) == [77]
-    assert keys_seen(q[:, :, :5], k, v) == [77]
+    assert keys_seen(q[:, :, :99], k, v) == [77]                            # so few that the copies would cost more
+
+
+@pytest.mark.parametrize("kind", ["fused", "mixed"])
+def test_attention_is_given_them(kind: AttentionKind) -> None:
+    q, k, v, _ = (x.detach().transpose(1, 2) for x in inputs(160, 77, torch.float32))
+    assert keys_seen(q, k, v, run=lambda *qkv: attend(*qkv, kind=kind)) == [80]

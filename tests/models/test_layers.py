@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from models import layers
-from models.layers import Conv2d, Upsample, conv_plus, timestep_embedding, zero
+from models import unet as unet_module
+from models.layers import Condition, Conv2d, Upsample, conv_plus, timestep_embedding, zero
+from models.unet import ResBlock
 from models.vae import Downsample, VAEConfig
 
 
@@ -62,13 +64,32 @@ def test_what_is_told_after_a_convolution(learns: str, images: int) -> None:
     x, emb = torch.randn(3, 4, 6, 7, dtype=torch.float64), torch.randn(images, 5, 1, 1, dtype=torch.float64)
     emb.requires_grad_(learns == "emb")
     wanted = F.conv2d(x, conv.weight, conv.bias, padding=1) + emb
-    found = conv_plus(conv, x, emb)
+    with torch.set_grad_enabled(learns != "nothing"):
+        found = conv_plus(conv, x, emb)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)           # a few roundings of numbers of order one
     sources = {"nothing": [], "weights": [conv.weight, conv.bias], "emb": [emb]}[learns]
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), sources) for y in (found, wanted) if sources)):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@torch.no_grad()
 def test_what_all_images_are_told_costs_no_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "plus", lambda *args: pytest.fail("it was added"))
     conv_plus(Conv2d(2, 2, 1).requires_grad_(False), torch.ones(3, 2, 4, 4), torch.ones(1, 2, 1, 1))
+
+
+@torch.no_grad()
+def test_a_residual_block_is_told_the_time_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(unet_module, "conv_plus", lambda *args: calls.append(args) or conv_plus(*args))
+    ResBlock(4, 4, 8, 2).requires_grad_(False)(torch.ones(3, 4, 6, 6), Condition(torch.ones(1, 8), None))
+    assert len(calls) == 1
+
+
+def test_a_shortcut_may_be_replaced() -> None:
+    """By a layer of the reader's own, which wraps what was there."""
+    block, x = ResBlock(4, 6, 8, 2).requires_grad_(False), torch.randn(1, 4, 5, 5)
+    cond = Condition(torch.ones(1, 8), None)
+    wanted = block(x, cond)
+    block.skip_connection = torch.nn.Sequential(block.skip_connection)
+    assert torch.equal(block(x, cond), wanted)

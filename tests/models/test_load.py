@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from models import LatentModel, ModelError, presets
+from models import LatentModel, ModelError, presets, weights
+from models.files import Weights
 from models.tokenizer import ClipTokenizer
 from models.vocabulary import clip_vocabulary, from_merges
 
@@ -200,6 +201,15 @@ class TestFolders:
         assert_equal(model, ours)
         models.save(models.load(copy), copy.parent / "again")
         assert_same_tensors(copy.parent / "again" / "vae" / "diffusion_pytorch_model.safetensors", file)
+
+    def test_tensors_are_mapped_once_and_named_once(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened, named = [], []
+        open_weights, stored = Weights.open, weights.stored
+        monkeypatch.setattr(Weights, "open", lambda self, *only: opened.append(self) or open_weights(self, *only))
+        monkeypatch.setattr(weights, "stored", lambda *args: named.append(args) or stored(*args))
+        models.load(copy, device="cpu")
+        assert len(opened) == 3
+        assert len(named) == 1 + 2 + 2                                  # of a UNet, a VAE and a text, in as many layouts
 
     def test_pickled_weights(self, ours: LatentModel, copy: Path) -> None:
         for file in list(copy.rglob("*.safetensors")):

@@ -42,11 +42,12 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def gradients(
-    unet: UNet, wanted: set[str], level: Checkpointing = "none", kernel: AttentionKind = "auto"
+    unet: UNet, wanted: set[str], level: Checkpointing = "none", kernel: AttentionKind = "auto", images: int = 2
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and the gradients of the wanted inputs: those that the network reads."""
-    given = {name: x.clone().requires_grad_(name in wanted) for name, x in inputs(unet.out[2].weight.dtype).items()}
-    out = unet(given["x"], torch.tensor([3, 700]), given["context"], given["pooled"], level, kernel)
+    all_inputs = inputs(unet.out[2].weight.dtype)
+    given = {name: x[:images].clone().requires_grad_(name in wanted) for name, x in all_inputs.items()}
+    out = unet(given["x"], torch.tensor([3, 700])[:images], given["context"], given["pooled"], level, kernel)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     names = sorted(wanted)
     found = torch.autograd.grad((out * weights).sum(), [given[name] for name in names], allow_unused=True)
@@ -84,14 +85,16 @@ def test_in_single_precision(kind: str) -> None:
             assert (gradient - exact[1][name]).abs().max() < 1e-5 * exact[1][name].abs().max()
 
 
+@pytest.mark.parametrize("wanted", [{"context"}, {"pooled"}])
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_level_repeats_itself_to_the_bit_in_half_precision(kind: str) -> None:
+def test_a_level_repeats_itself_to_the_bit_in_half_precision(kind: str, images: int, wanted: set[str]) -> None:
     """There layers round otherwise where no gradient is wanted, which a checkpoint's first run must not."""
     unet = network(kind, torch.bfloat16).requires_grad_(False)
-    wanted = {"context"} if "self" not in kind else {"pooled"}
-    plain = gradients(unet, wanted)
+    wanted = wanted if "self" not in kind else {"pooled"}
+    plain = gradients(unet, wanted, images=images)
     for level in LEVELS[1:]:
-        out, found = gradients(unet, wanted, level)
+        out, found = gradients(unet, wanted, level, images=images)
         assert torch.equal(out, plain[0])
         assert all(torch.equal(found[name], plain[1][name]) for name in wanted)
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import unfolded
 from models.frozen import conv2d
 from models.unfolded import convolved, gradient, is_small
 
@@ -52,7 +53,10 @@ def test_the_gradient_in_bfloat16_is_summed_in_float32() -> None:
         (1, 7, 1, 0, True), (1, 8, 1, 0, False),
     ],
 )  # fmt: skip
-def test_small_maps_under_large_weights(kernel: int, side: int, stride: int, padding: int, small: bool) -> None:
+def test_small_maps_under_large_weights(
+    kernel: int, side: int, stride: int, padding: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfolded, "matrix_products_are_fast", lambda: True)
     x, weight = torch.zeros(1, 64, side, side), torch.zeros(64, 64, kernel, kernel)
     assert is_small(x, weight, (stride, stride), (padding, padding)) == small
     assert not is_small(x.to("meta"), weight.to("meta"), (stride, stride), (padding, padding))
@@ -67,6 +71,30 @@ def test_a_frozen_convolution_takes_this_way(monkeypatch: pytest.MonkeyPatch) ->
     y = conv2d(x, weight, None, (1, 1), (1, 1))
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-11)                                  # 576 products of 1
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], dx, rtol=0, atol=1e-11)
+
+
+def test_a_kernel_of_one_needs_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((torch, "stack"), (F, "pad")):
+        monkeypatch.setattr(module, name, None)
+    x, weight = channels_last(numbers(2, 3, 4, 5)), numbers(6, 3, 1, 1, seed=1)
+    wanted = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])
+    torch.testing.assert_close(convolved(x, weight, None), wanted, rtol=0, atol=1e-14)         # sums of three products
+
+
+def test_where_products_are_slow_a_kernel_of_one_is_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfolded, "matrix_products_are_fast", lambda: False)
+    assert not is_small(torch.zeros(1, 64, 7, 7), torch.zeros(64, 64, 1, 1), (1, 1), (0, 0))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts(kernel: int, dtype: torch.dtype) -> None:
+    x, weight = numbers(1, 64, 4, 4).to(dtype), numbers(64, 64, kernel, kernel, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = conv2d(x, weight, None, (1, 1), (kernel // 2, kernel // 2))
+    assert found.dtype == torch.bfloat16
+    exact = F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), padding=kernel // 2)
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)                    # rounded once
 
 
 def test_what_it_returns_can_be_added_to_in_place() -> None:

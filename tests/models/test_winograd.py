@@ -142,3 +142,11 @@ def test_a_plan_comes_first() -> None:
     with FakeTensorMode():
         convolved(torch.zeros(1, 16, 8, 8), torch.zeros(16, 16, 3, 3), None)
     assert convolved(torch.zeros(1, 16, 8, 8), torch.zeros(16, 16, 3, 3), torch.ones(16)).eq(1).all()
+
+
+def test_answers_are_made_by_whole_registers_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "ROOM", 32 * 24)                                              # of 32 tiles
+    made, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda d, g, out: made.append(g.shape[2]) or bmm(d, g, out=out))
+    winograd.convolved(torch.zeros(2, 8, 16, 16), torch.zeros(40, 8, 3, 3), None)
+    assert made == [16, 16, 8]
