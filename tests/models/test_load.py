@@ -209,7 +209,7 @@ class TestFolders:
         monkeypatch.setattr(weights, "stored", lambda *args: named.append(args) or stored(*args))
         models.load(copy, device="cpu")
         assert len(opened) == 3
-        assert len(named) == 1 + 2 + 2                                  # of a UNet, a VAE and a text, in as many layouts
+        assert len(named) == 1 + 2 + 2                              # of a UNet, a VAE and a text, in as many layouts
 
     def test_pickled_weights(self, ours: LatentModel, copy: Path) -> None:
         for file in list(copy.rglob("*.safetensors")):
