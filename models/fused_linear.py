@@ -15,7 +15,8 @@ from models.processor import fused_attention_has_bfloat16
 
 def is_worth_it(x: Tensor) -> bool:
     """Whether a layer of tokens x (…, C_in) is better computed here, with what follows it."""
-    suits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and fused_attention_has_bfloat16()
+    plain = type(x) is Tensor and x.device.type == "cpu"                  # no plan's: what is fake has no kernel for it
+    suits = plain and x.dtype == torch.bfloat16 and fused_attention_has_bfloat16()
     others = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()     # which cast, or fuse, for themselves
     return suits and not (others or records())
 

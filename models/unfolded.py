@@ -74,10 +74,12 @@ def _patches(x: Tensor, weight: Tensor, height: int, width: int, stride: int) ->
     if k == stride == 1:
         return pixels
     padded = F.pad(pixels, (0, 0, *4 * (k // 2,)))                                             # (B, H + …, W + …, C_in)
+    if _is_last(weight):
+        return padded.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)      # (B, h, w, k, k, C_in)
     seen = [
         padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)
     ]
-    return torch.stack(seen, dim=-2 if _is_last(weight) else -1)
+    return torch.stack(seen, dim=-1)                                                           # (B, h, w, C_in, k k)
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import fused_linear
 from models.checkpointing import checkpoint
@@ -60,6 +61,8 @@ def test_only_where_no_gradient_goes_back(monkeypatch: pytest.MonkeyPatch) -> No
         assert is_worth_it(x)
         assert not is_worth_it(x.float())
         assert not is_worth_it(x.to("meta"))
+        with FakeTensorMode():
+            assert not is_worth_it(torch.empty(1, 4, 8, dtype=torch.bfloat16))     # for which it has no kernel
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_worth_it(x)                                              # whose weight may be float32
     seen = []
@@ -97,3 +100,12 @@ def test_shortcuts_of_residual_blocks_take_it(monkeypatch: pytest.MonkeyPatch) -
     x = numbers(2, 64, 64, 64).contiguous(memory_format=torch.channels_last)
     ResBlock(64, 32, 8, 8).bfloat16().requires_grad_(False)(x, Condition(numbers(1, 8), None))
     assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_a_plan_goes_through_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    block = ResBlock(64, 32, 8, 8).bfloat16().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 64, 64, 64, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        assert block(x, Condition(torch.empty(1, 8, dtype=torch.bfloat16), None)).shape == (2, 32, 64, 64)
