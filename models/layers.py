@@ -113,7 +113,7 @@ def norm_conv(norm: NormSiLU, conv: Conv2d, x: Tensor, in_place: bool = False) -
 
 
 def plus_conv(h: Tensor, conv: Conv2d, x: Tensor) -> Tensor:
-    """h + conv(x), of a 1x1 convolution, in the memory of h, which nobody else may read."""
+    """h + conv(x), of a 1x1 convolution, perhaps in the memory of h, which nobody else may read."""
     if goes_in_bands(conv, x):
         return bands.plus_pointwise(h, x, conv.weight, conv.bias)
     sides = tokens_of(h), tokens_of(x)
