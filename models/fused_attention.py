@@ -9,13 +9,13 @@ ms instead of 9.9.
 import torch.nn.functional as F
 from torch import Tensor
 
-LANES = 16      # numbers of float32 in a register of the widest kind
+from models.processor import LANES
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by `torch.nn.functional.scaled_dot_product_attention`.
 
-    q: (B, H, N, d); k, v: (B, H, M, d); causal needs N == M. Returns (B, H, N, d).
+    q: (B, H, N, d); k, v: (B, H, M, d), all of one floating dtype; causal needs N == M. Returns (B, H, N, d), likewise.
     """
     keys = k.shape[2]
     missing = -keys % LANES

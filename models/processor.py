@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+LANES = 16      # numbers of float32 in a register of the widest kind; loops take what is left over one by one
+
 
 @cache
 def capabilities() -> dict[str, Any]:

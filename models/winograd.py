@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layout import channels_last, empty
+from models.processor import LANES
 
 Pair = tuple[int, int]
 TILE, SEEN = 4, 6               # pixels of an answer's tile along an axis, and of what it is made from
 POINTS = Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)
 PIXELS, CHANNELS = 512, 128     # of all images, and of both maps: from these on it is the quicker way
 ROOM = 96 * 1280                # places of tiles, kernels and products each that are kept at their 36 points at a time
-LANES = 16                      # numbers of a register: answers of so many channels are made together
 
 
 def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
