@@ -24,6 +24,7 @@ from models.folder import read_folder, write_folder
 from models.glide import GlideModel
 from models.glide_file import cascade_files, read_cascade, read_glide, write_glide
 from models.glide_hub import CASCADES, load_cascade
+from models.heap import expect_large_blocks
 from models.kinds import CLASSIFIER, GLIDE, GUIDED_DIFFUSION, kind_of
 from models.latent import LatentModel
 from models.offload import Offload
@@ -73,6 +74,8 @@ def load(
     """
     device, options = choose_device(device), {"prediction": prediction, "variant": variant, "config": config}
     Setting(torch.float32, checkpointing, attention, offload)
+    if device.type == "cpu":
+        expect_large_blocks()
     waits = offload != "none"
     how, where = (STORED, torch.device("cpu")) if waits else (dtype, device)
     model = _read(source, how, where, options, upsampler)
