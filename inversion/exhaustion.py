@@ -29,9 +29,9 @@ def advice(model: Any, side: int, batch_size: int) -> str:
 def next_cheaper(model: Any, side: int, batch_size: int) -> Setting | None:
     """The first of the settings after a model's own, each slower than the one before, whose planned peak is lower."""
     settings = [model.setting]
-    while (following := settings[-1].cheaper(model.device)) is not None:
+    while (following := settings[-1].cheaper()) is not None:
         settings.append(following)
     if len(settings) == 1 or not isinstance(model, LatentModel | GlideModel):
-        return model.setting.cheaper(model.device)
+        return model.setting.cheaper()
     now, *others = plan(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
     return next((each.setting for each in others if each.peak < now.peak), None)

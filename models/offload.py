@@ -3,7 +3,8 @@
 "idle": the text transformer and the VAE; the UNet stays. "stream": these, and the UNet's layers pass through a window
 (see `streaming`). What waits keeps its own dtype and stays the memory map of its file, if it is one.
 
-On a CPU the device is the host memory: there nothing is gained, and the answers are the same.
+On a CPU the device is the host memory. There a file's map takes the window's place: what computes reads its weights in
+a map of its own, see `mapped`, and a network takes memory while it runs, a streamed one a layer at a time.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,7 @@ from torch import nn
 
 from models.checkpointing import checkpoint
 from models.errors import ModelError
-from models.layout import converted
-from models.streaming import computing_with, parameters_of
+from models.streaming import computing_with, lent, parameters_of
 
 Offload = Literal["none", "idle", "stream"]
 
@@ -24,13 +24,12 @@ Offload = Literal["none", "idle", "stream"]
 def present(model: Any, network: nn.Module) -> Iterator[None]:
     """Within the block a network of a model computes on the model's device and in its dtype.
 
-    If it waits elsewhere, it does so with copies of its weights, which go with the block.
+    If it waits elsewhere, it does so with copies of its weights, or other maps of them, which go with the block.
     """
     if model.offload == "none":
         yield
     else:
-        copies = [converted(p, model.device, model.dtype, copy=True) for p in parameters_of(network)]
-        with computing_with(network, copies):
+        with computing_with(network, lent(parameters_of(network), model.device, model.dtype)):
             yield
 
 

@@ -14,6 +14,7 @@ from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.layout import converted
+from models.mapped import Mapped, file_maps
 from models.offload import Offload
 from models.streaming import Copier, Window, parameters_of
 
@@ -46,13 +47,13 @@ class Setting:
         name = str(self.dtype).removeprefix("torch.")
         return f"{name}, checkpointing {self.checkpointing}, attention {self.attention}, offload {self.offload}"
 
-    def cheaper(self, device: torch.device) -> "Setting | None":
-        """The next setting that needs less memory on a device and has the same results, at the least loss of time."""
-        on_cpu, ladder = device.type == "cpu", typing.get_args(Checkpointing)
+    def cheaper(self) -> "Setting | None":
+        """The next setting that needs less memory and has the same results, at the least loss of time."""
+        ladder = typing.get_args(Checkpointing)
         if self.checkpointing != ladder[-1]:
             return replace(self, checkpointing=ladder[ladder.index(self.checkpointing) + 1])
         rest = typing.get_args(Offload)[typing.get_args(Offload).index(self.offload) + 1 :]
-        return replace(self, offload=rest[0]) if rest and not on_cpu else None
+        return replace(self, offload=rest[0]) if rest else None
 
 
 def place(model: Any, setting: Setting, device: torch.device, copier: Copier | None = None) -> None:
@@ -61,12 +62,13 @@ def place(model: Any, setting: Setting, device: torch.device, copier: Copier | N
     model: a LatentModel or GlideModel. With an offload its networks lie in host memory, and what does not wait there
     is put on the device in the setting's dtype; without, they stay as they are. copier: see `Window`.
     """
-    layers = model.unet.layers() if setting.offload == "stream" else []
+    layers, maps = model.unet.layers() if setting.offload == "stream" else [], file_maps()
     waiting = {id(p) for layer in layers for p in parameters_of(layer)}
     for part in model.unet.modules() if setting.offload != "none" else ():
         for name, p in part._parameters.items():
-            if p is not None and id(p) not in waiting:
-                part._parameters[name] = nn.Parameter(converted(p, device, setting.dtype), requires_grad=False)
+            if p is not None and id(p) not in waiting and (p.device, p.dtype) != (device, setting.dtype):
+                here = converted(Mapped(p, maps).anew(), device, setting.dtype)
+                part._parameters[name] = nn.Parameter(here, requires_grad=False)
     model.checkpointing, model.attention, model.offload = setting.checkpointing, setting.attention, setting.offload
     model.window = Window(layers, device, setting.dtype, copier) if layers else None
     if model.upsampler is not None:

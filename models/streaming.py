@@ -7,8 +7,12 @@
 While a layer computes in one place, the next one's weights are copied into the other: upwards through the network
 forward, downwards backward. Each layer is a checkpoint, so nothing of it but its inputs outlives its turn, and its
 weights come a second time when its gradient is computed. Values and gradients are those of the network itself.
+
+On a CPU nothing has to be moved. Weights that are converted go into a place from a map of their own, see `mapped`; those
+that are not, are read in that map, and there are no places.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpointing import checkpoint
-from models.layout import format_of
+from models.layout import copy_into, format_of
+from models.mapped import Mapped, file_maps
 
 PLACES = 2
 ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes or more
@@ -46,7 +51,7 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
 class Copier(Protocol):
     """How weights get from the host into a place."""
 
-    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> Any:
+    def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> Any:
         """Copy each host tensor, cast to the other's dtype, into a device's; returns a ticket for `wait`."""
 
     def wait(self, ticket: Any) -> None:
@@ -56,10 +61,10 @@ class Copier(Protocol):
 class CopyAtOnce:
     """Copies when it is asked to: on a CPU nothing can go on beside it that would not slow it down."""
 
-    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+    def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> None:
         """See `Copier`."""
         for source, target in zip(host, device):
-            target.copy_(source)
+            copy_into(target, source)
 
     def wait(self, ticket: None) -> None:
         """Nothing: it has happened."""
@@ -77,7 +82,7 @@ class CopyBeside:
         self.sent: list[torch.cuda.Event | None] = [None] * PLACES
         self.thread = ThreadPoolExecutor(1, "weights")
 
-    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> "Future[torch.cuda.Event]":
+    def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> "Future[torch.cuda.Event]":
         """See `Copier`. The place is overwritten once everything that the GPU was told before this has been done."""
         free = torch.cuda.current_stream(self.device).record_event()
         return self.thread.submit(self._copy, place, host, device, free)
@@ -88,7 +93,7 @@ class CopyBeside:
 
     @torch.no_grad()
     def _copy(
-        self, place: int, host: Sequence[Tensor], device: Sequence[Tensor], free: torch.cuda.Event
+        self, place: int, host: Iterable[Tensor], device: Sequence[Tensor], free: torch.cuda.Event
     ) -> torch.cuda.Event:
         if self.sent[place] is not None:
             self.sent[place].synchronize()           # what was pinned there before has left
@@ -107,7 +112,8 @@ class Window:
     """Two places on a device through which the weights of layers pass, and the layers' computation with them.
 
     layers: in the order in which the network runs them; their own weights stay where they are and are only read.
-    dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None.
+    dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None, which on
+    a CPU is not at all where they have that dtype.
     """
 
     def __init__(
@@ -115,7 +121,9 @@ class Window:
     ) -> None:
         self.host = [parameters_of(layer) for layer in layers]
         self.index = {layer: i for i, layer in enumerate(layers)}
-        size = max(extent(weights) for weights in self.host)
+        self.mapped = mapped(self.host, device)
+        self.moves = copier is not None or not lies_there(itertools.chain(*self.host), device, dtype)
+        size = max(extent(weights) for weights in self.host) if self.moves else 0
         self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
         self.held: list[int | None] = [None] * PLACES            # which layer lies in each place
         self.tickets: list[Any] = [None] * PLACES
@@ -139,6 +147,8 @@ class Window:
 
     def take(self, i: int) -> list[Tensor]:
         """The weights of layer i on the device; the layer after it, in the direction of travel, is on its way."""
+        if not self.moves:
+            return [weight.anew() for weight in self.mapped[i]]
         here = self._bring(i, other_than=None)
         self.copier.wait(self.tickets[here])
         ahead = i + 1 if i == 0 or i > self.last else i - 1
@@ -153,9 +163,33 @@ class Window:
         if i not in self.held:
             place = next(p for p in range(PLACES) if p != other_than)
             self.held[place] = None                                # until it is there: a copy may be interrupted
-            self.tickets[place] = self.copier.begin(place, self.host[i], views(self.places[place], self.host[i]))
+            read = (weight.anew() for weight in self.mapped[i])
+            self.tickets[place] = self.copier.begin(place, read, views(self.places[place], self.host[i]))
             self.held[place] = i
         return self.held.index(i)
+
+
+@torch.no_grad()
+def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Weights as a network computes with them for once: copies in a place of their own, or other maps of them."""
+    (read,) = mapped([weights], device)
+    if lies_there(weights, device, dtype):
+        return [weight.anew() for weight in read]
+    copies = views(torch.empty(extent(weights), dtype=dtype, device=device), weights)
+    for copy, weight in zip(copies, read):
+        copy_into(copy, weight.anew())
+    return copies
+
+
+def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[list[Mapped]]:
+    """Weights that wait for a device; if that is their own, they are read in maps that go again."""
+    maps = file_maps() if device.type == "cpu" else []
+    return [[Mapped(weight, maps) for weight in weights] for weights in groups]
+
+
+def lies_there(weights: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights in host memory need neither be moved to a device nor converted."""
+    return device.type == "cpu" and all(weight.dtype == dtype for weight in weights)
 
 
 def extent(weights: Iterable[Tensor]) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from inversion import InversionError, plan
 from inversion.exhaustion import is_out_of_memory, next_cheaper
 from inversion.trainer import state_file
-from models import LatentModel, outline
+from models import LatentModel, Setting, outline
+from models.setting import place
 from tests.inversion.test_training import FAST, learn, same
 from tests.tiny import tiny_model
 
@@ -72,7 +73,7 @@ def test_what_needs_as_much_is_not_named() -> None:
 
 def test_where_nothing_is_cheaper_it_says_so() -> None:
     model = exhausted(5, MemoryError())
-    model.checkpointing = "blocks"
+    place(model, Setting(torch.float32, "blocks", offload="stream"), torch.device("cpu"))
     with pytest.raises(InversionError, match="nothing needs less but a smaller resolution or batch$"):
         learn(model, replace(FAST, steps=4))
 

@@ -1,6 +1,6 @@
 """Networks that wait in host memory give the same numbers as those that do not, and take no more room than promised."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import models
 from models import ModelError, streaming
+from models.mapped import Mapped
 from models.setting import Setting, place
 from models.streaming import PLACES, CopyAtOnce, CopyBeside, Window, computing_with, extent, parameters_of
 from tests.tiny import tiny_glide, tiny_model
@@ -50,7 +51,8 @@ class Watched(CopyAtOnce):
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
 
-    def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+    def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> None:
+        host = list(host)
         super().begin(place, host, device)
         self.seen.append((place, host[0].data_ptr()))
 
@@ -87,7 +89,7 @@ def test_a_copy_that_was_interrupted_is_made_anew() -> None:
     class Interrupted(CopyAtOnce):
         calls = 0
 
-        def begin(self, place: int, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> None:
             self.calls += 1
             if self.calls == 4:
                 raise KeyboardInterrupt
@@ -149,7 +151,7 @@ def test_what_forward_keeps_is_no_weight() -> None:
     for how, expected in ((STREAM, False), (None, True)):
         model, kept = tiny_model(), []
         if how:
-            place(model, how, CPU)
+            place(model, how, CPU, CopyAtOnce())
         weights = model.window.places if how else list(model.unet.parameters())
         theirs = {w.untyped_storage().data_ptr() for w in weights}
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
@@ -182,6 +184,39 @@ def test_weights_stay_the_map_of_their_file(path: Path) -> None:
             assert p.dtype == torch.float32
             assert any(p.data_ptr() in r for r in ranges)
     assert next(model.unet.parameters()).dtype == torch.bfloat16          # what is no layer's is on the device
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offload", ["idle", "stream"])
+def test_on_a_cpu_all_that_waits_is_read_in_maps_that_go(
+    path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, offload: str
+) -> None:
+    """What such a map holds is all that counts: if it held twice the numbers, the model would have twice the weights."""
+    found = models.load(path, dtype, "cpu", checkpointing="blocks", offload=offload)
+    monkeypatch.setattr(Mapped, "anew", lambda self: 2 * self.weight)
+    wanted = models.load(path, dtype, "cpu", checkpointing="blocks")
+    for part in (wanted.text, *(wanted.unet.layers() if offload == "stream" else ())):
+        for p in parameters_of(part):
+            p.data = p.data * 2
+    same(step(found), step(wanted))
+
+
+def test_what_is_converted_when_the_rest_is_made_to_wait_is_read_so_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mapped, "anew", lambda self: 2 * self.weight)
+    for how in ({"offload": "idle"}, STREAMED):
+        wanted, found = models.load(path, "bfloat16", "cpu"), models.load(path, "bfloat16", "cpu", **how)
+        waits = {id(p) for layer in found.unet.layers() for p in parameters_of(layer) if how == STREAMED}
+        stays = [(p, q) for p, q in zip(parameters_of(found.unet), parameters_of(wanted.unet)) if id(p) not in waits]
+        assert stays
+        assert all(torch.equal(p, 2 * q) for p, q in stays)
+
+
+def test_on_a_cpu_there_are_no_places_where_nothing_is_converted(path: Path) -> None:
+    for dtype, there in (("float32", True), ("bfloat16", False)):
+        model = models.load(path, dtype, "cpu", **STREAMED)
+        assert [len(held) == 0 for held in model.window.places] == [there] * PLACES
 
 
 def test_a_layer_that_fails_gets_its_own_weights_back() -> None:
@@ -267,7 +302,6 @@ def test_a_model_with_places_is_not_moved() -> None:
 
 def test_what_is_cheaper_comes_in_order() -> None:
     setting, steps = Setting(torch.float16), []
-    while setting := setting.cheaper(torch.device("cuda")):
+    while setting := setting.cheaper():
         steps.append((setting.checkpointing, setting.offload))
     assert steps == [("attention", "none"), ("blocks", "none"), ("blocks", "idle"), ("blocks", "stream")]
-    assert Setting(torch.float32, "blocks").cheaper(torch.device("cpu")) is None
