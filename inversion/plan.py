@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from inversion.sizes import size
 from models import Setting, outline
 from models import sliced_attention as slices
 from models.attend import best_kind
+from models.mapped import Mapped
 from models.processor import cpu_has_bfloat16
 from models.setting import place
 from models.streaming import CopyAtOnce, parameters_of
@@ -82,8 +83,9 @@ def plan(
         raise InversionError(f"batch_size must be at least 1, not {batch_size}")
     side = shell.resolution if resolution is None else resolution
     shell.x0_shape(side, side)
+    encoding = cache(partial(_encoding, shell, device, side))
     settings = settings_for(device) if settings is None else settings
-    return [_predicted(shell, setting, device, side, batch_size) for setting in settings]
+    return [_predicted(shell, setting, device, side, batch_size, *encoding(_encodes(setting))) for setting in settings]
 
 
 @torch.no_grad()
@@ -114,24 +116,25 @@ def drawing(
 def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
     """The settings that make sense on a device, of dtypes and kernels the faster first.
 
-    fixed: fields of a Setting that are given. bfloat16 on a GPU takes what float16 takes. On a CPU the device is the
-    memory that the weights lie in anyway: offload gains nothing there. Raises ModelError as `Setting`, if what is given
-    does not go together.
+    fixed: fields of a Setting that are given. bfloat16 on a GPU takes what float16 takes. On a CPU, where a row of a plan
+    takes seconds, those that save next to nothing are left out: "idle", and the slimmer kernel where layers are streamed.
+    Raises ModelError as `Setting`, if what is given does not go together.
     """
-    if device.type == "cpu":
-        dtypes, offloads = [torch.float32, torch.bfloat16], ["none"]
-        dtypes = dtypes[::-1] if cpu_has_bfloat16() else dtypes
-    else:
-        dtypes, offloads = [torch.float16, torch.float32], ["none", "idle", "stream"]
+    on_cpu = device.type == "cpu"
+    dtypes, offloads = [torch.float16, torch.float32], ["none", "idle", "stream"]
+    if on_cpu:
+        dtypes = [torch.bfloat16, torch.float32] if cpu_has_bfloat16() else [torch.float32, torch.bfloat16]
+        offloads.remove("idle")
     axes = {"dtype": dtypes, "checkpointing": ["none", "attention", "blocks"], "offload": offloads}
     axes |= {name: [value] for name, value in fixed.items() if value is not None and name != "attention"}
     found, both = [], bool(fixed.get("offload") and fixed.get("checkpointing"))
     for dtype, checkpointing, offload in itertools.product(*axes.values()):
         if fixed.get("offload") == "stream" and "checkpointing" in fixed:
             Setting(dtype, checkpointing, offload=offload)          # says what does not go together
-        fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if device.type == "cpu" else META))
+        fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if on_cpu else META))
         slim = "fused" if fast == "sliced" else "sliced"
-        for kind in [fixed["attention"]] if fixed.get("attention") else (fast, slim):
+        kinds = [fast] if on_cpu and offload == "stream" else [fast, slim]
+        for kind in [fixed["attention"]] if fixed.get("attention") else kinds:
             if offload != "stream" or checkpointing == "blocks" or both:
                 found.append(Setting(dtype, checkpointing, kind, offload))
     return found
@@ -153,20 +156,34 @@ def fastest(planned: Sequence[Planned], budget: int) -> Planned:
     return min(same, key=lambda each: round(each.cost / least, 2))      # of equals the first
 
 
-def _predicted(shell: Any, setting: Setting, device: torch.device, side: int, batch_size: int) -> Planned:
-    """The peak of encoding an image and of a step, and what the step computes."""
+def _encodes(setting: Setting) -> Setting:
+    """What of a setting matters when an image is encoded, once before all steps."""
+    return Setting(setting.dtype, "blocks", offload=setting.offload)
+
+
+def _encoding(shell: Any, device: torch.device, side: int, setting: Setting) -> tuple[tuple[int, ...], int]:
+    """The shape of an image's moments, and the peak of encoding it."""
     where, fake, memory = _followed(device)
     with fake, as_on(device, memory):
-        model, waiting = _placed(shell, setting, where, memory)
+        model, _ = _placed(shell, setting, where, memory)
         with memory:
             moments = model.moments(torch.empty(1, 3, side, side, device=where))
-    model.release_encoder()
-    _write((part for name, part in _networks(shell).items() if vars(model)[name] is not part), setting.dtype, META)
-    memory.flops = 0
-    with fake, as_on(device, memory), memory:
-        _step(model, moments.shape[1:], model.x0_shape(side, side), batch_size, where)
+    return moments.shape[1:], _in_all(memory, device)
+
+
+def _predicted(
+    shell: Any, setting: Setting, device: torch.device, side: int, batch_size: int, moments: Sequence[int], least: int
+) -> Planned:
+    """What a step takes, its encoder let go, and computes. moments: of an image; least: the peak of encoding it."""
+    where, fake, memory = _followed(device)
+    released = replace(shell)
+    released.release_encoder()
+    with fake, as_on(device, memory):
+        model, waiting = _placed(released, setting, where, memory)
+        with memory:
+            _step(model, moments, model.x0_shape(side, side), batch_size, where)
     moved = 2 * sum(p.nbytes for p in _parameters(model) if id(p) in waiting)        # forward, and backward again
-    return Planned(setting, _in_all(memory, device), memory.flops, moved)
+    return Planned(setting, max(least, _in_all(memory, device)), memory.flops, moved)
 
 
 def _followed(device: torch.device) -> tuple[torch.device, AbstractContextManager, LiveMemory]:
@@ -185,7 +202,7 @@ def _placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemor
     waiting = _waiting(model, setting.offload)
     with memory:
         place(model, setting, where, CopyAtOnce())
-        memory.hold(p for p in _parameters(model) if where == CPU or id(p) not in waiting)
+        memory.hold(p for p in _parameters(model) if id(p) not in waiting)
     return model, waiting
 
 
@@ -216,7 +233,7 @@ def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
 
     Fused, on meta tensors torch would take the formula, with all scores: here it is memory-efficient attention, which
     every CUDA device has; flash attention keeps and takes the same. Of slices, which are all alike, one is run and its
-    operations are counted for all.
+    operations are counted for all. What a CPU reads of weights that wait is in its memory then.
     """
 
     def efficient(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
@@ -229,13 +246,20 @@ def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
         yield 0, slice(0, heads)
         memory.times //= count
 
-    fused = F.scaled_dot_product_attention if device.type == "cpu" else efficient
-    with patch.object(F, "scaled_dot_product_attention", fused), patch.object(slices, "some_heads", one_for_all):
+    on_cpu = device.type == "cpu"
+    fused = F.scaled_dot_product_attention if on_cpu else efficient
+    read = (lambda mapped: torch.empty_like(mapped.weight)) if on_cpu else Mapped.anew
+    with (
+        patch.object(F, "scaled_dot_product_attention", fused), patch.object(slices, "some_heads", one_for_all),
+        patch.object(Mapped, "anew", read),
+    ):  # fmt: skip
         yield
 
 
 def _networks(model: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
+    """Those that it has: not a VAE that was let go."""
+    gone = {"vae"} if getattr(model, "released", False) else set()
+    return {name: part for name, part in vars(model).items() if isinstance(part, nn.Module) and name not in gone}
 
 
 def _parameters(model: Any) -> list[Tensor]:

@@ -40,7 +40,7 @@ def run(main: Callable[..., None]) -> None:
             raise
         _stop(
             "out of memory: what was written so far is kept; take fewer or smaller images at once, a --dtype of 16 "
-            "bits, or, on a GPU, --offload idle",
+            "bits, or --offload stream",
             REFUSED,
         )
     except KeyboardInterrupt:

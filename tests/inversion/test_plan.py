@@ -16,8 +16,9 @@ from inversion.objective import Batch, loss_and_gradient
 from inversion.plan import HEAP, table
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
+from models.mapped import Mapped
 from models.setting import place
-from models.streaming import parameters_of
+from models.streaming import CopyAtOnce, parameters_of
 from tests.tiny import tiny_glide, tiny_model
 
 CPU, GIB = torch.device("cpu"), 2**30
@@ -74,10 +75,14 @@ def test_operations_are_counted() -> None:
 
 def followed(model: Any, setting: Setting, batch_size: int) -> LiveMemory:
     """What really lives on the CPU while an image is encoded and a step is taken."""
-    place(model, setting, CPU)
+    place(model, setting, CPU, CopyAtOnce())
     memory, side = LiveMemory("cpu", cpu_workspace), model.resolution
     networks = [part for part in vars(model).values() if isinstance(part, torch.nn.Module)]
-    memory.hold(p for network in networks for p in parameters_of(network))
+    layers = model.unet.layers() if setting.offload == "stream" else []
+    waits = [part for part in (*networks, *layers) if setting.offload != "none" and part is not model.unet]
+    waiting = {id(p) for part in waits for p in parameters_of(part)}
+    memory.hold(p for network in networks for p in parameters_of(network) if id(p) not in waiting)
+    memory.hold(() if model.window is None else model.window.places)
     shape, noise = model.x0_shape(side, side), torch.Generator().manual_seed(0)
     with memory:
         moments = model.moments(torch.zeros(1, 3, side, side))
@@ -103,6 +108,20 @@ def test_a_plan_is_what_a_real_step_takes(make: Any, checkpointing: Any, attenti
     assert planned.peak - HEAP == pytest.approx(real.peak, rel=0.01)
     assert planned.operations == real.flops
     assert planned.moved == 0
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+@pytest.mark.parametrize("offload", ["idle", "stream"])
+def test_what_a_cpu_reads_of_weights_that_wait_is_planned(
+    make: Any, offload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(torch.float32, "blocks", "fused", offload)
+    less, most = plan(make(), None, 1, "cpu", [setting, Setting(torch.float32, "blocks", "fused")])
+    monkeypatch.setattr(Mapped, "anew", lambda mapped: mapped.weight.clone())   # a tensor's worth, as a map's pages are
+    real = followed(make(), setting, 1)
+    assert less.peak - HEAP == pytest.approx(real.peak, rel=0.01)      # 1 %: as above
+    assert less.operations == real.flops
+    assert less.peak < most.peak
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_glide])
@@ -201,7 +220,8 @@ def test_settings_come_with_the_faster_first(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("models.processor.capabilities", lambda: {"avx512_bf16": True})
     cuda, cpu = settings_for(torch.device("cuda")), settings_for(CPU)
     assert cuda[0] == Setting(torch.float16, "none", "fused", "none")
-    assert {each.offload for each in cpu} == {"none"}
+    assert {each.offload for each in cpu} == {"none", "stream"}
+    assert [each.dtype for each in cpu if each.offload == "stream"] == [torch.bfloat16, torch.float32]
     assert {each.checkpointing for each in cuda if each.offload == "stream"} == {"blocks"}
     assert next(each for each in cpu if each.dtype == torch.bfloat16).attention == "sliced"
     fixed = settings_for(torch.device("cuda"), dtype=torch.float32, attention="sliced", offload=None)
