@@ -184,7 +184,7 @@ def measure() -> Iterator[dict[str, Any]]:
     """The rows of WORKS; below each its memory with the weights."""
     openai = Side(peer, start_peer) if is_installed() else None
     for work in WORKS:
-        (row,) = compare([work], Side(ours, start_ours), openai if work.dtype == "float32" else None, rounds=3)
+        (row,) = compare([work], Side(ours, start_ours), openai if work.dtype == "float32" else None, rounds=2)
         yield row
         if row["ours_bytes_over_weights"] is not None:
             print(f"{'':40} with its weights {(row['ours_bytes_over_weights'] + weights(work)) / GIB:.2f} GiB")

@@ -103,6 +103,15 @@ def measured_apart(index: int) -> int:
     return int(done.stdout)
 
 
+def planned(device: str, works: list[tuple[int, Setting]]) -> list[inversion.Planned]:
+    """The plans of some sides and settings."""
+    found = {}
+    for side in {side for side, _ in works}:
+        settings = [setting for other, setting in works if other == side]
+        found |= {(side, each.setting): each for each in inversion.plan(MODEL, side, 1, device, settings)}
+    return [found[work] for work in works]
+
+
 def main() -> None:
     """All rows, or one measurement, printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,13 +124,12 @@ def main() -> None:
     rows = []
     print(f"{'':62} {'predicted':>10} {'measured':>10} {'ratio':>6}")
     for device, works in (("cpu", MEASURED), ("cuda", CUDA)):
-        for i, (side, setting) in enumerate(works):
-            (planned,) = inversion.plan(MODEL, side, 1, device, [setting])
-            rows.append(row(device, side, setting, planned.peak, measured_apart(i) if device == "cpu" else None))
+        for i, ((side, setting), plan) in enumerate(zip(works, planned(device, works))):
+            rows.append(row(device, side, setting, plan.peak, measured_apart(i) if device == "cpu" else None))
             measured, ratio = rows[-1]["measured_bytes"], rows[-1]["ratio_bytes"]
             numbers = ("-", "-") if measured is None else (size(measured), f"{ratio:.3f}")
             what = f"{device} {side} {str(setting).replace(', offload none', '')}"
-            print(f"{what:62} {size(planned.peak):>10} {numbers[0]:>10} {numbers[1]:>6}", flush=True)
+            print(f"{what:62} {size(plan.peak):>10} {numbers[0]:>10} {numbers[1]:>6}", flush=True)
             if given.json:
                 given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
