@@ -53,7 +53,8 @@ def open_tensors(path: str | Path, only: Container[str] | None = None) -> dict[s
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    found = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    # .data, not detach(): unpickling counts as a change in place, and `mapped` asks whether there was one
+    found = {str(key): value.data for key, value in content.items() if isinstance(value, Tensor)}
     return {key: tensor for key, tensor in found.items() if only is None or key in only}
 
 

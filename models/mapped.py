@@ -30,40 +30,55 @@ class FileMap:
 def file_maps() -> list[FileMap]:
     """This process's maps of files, by address."""
     try:
-        lines = os.fsdecode(MAPS.read_bytes()).splitlines()
+        lines = MAPS.read_bytes().split(b"\n")
     except OSError:
         return []
-    fields = [line.split(maxsplit=5) for line in lines]
-    found = [(*each[0].split("-"), each[2], each[4], each[5]) for each in fields if len(each) == 6]
-    return [FileMap(int(a, 16), int(b, 16), int(at, 16), int(node), path) for a, b, at, node, path in found]
+    found = []
+    for fields in (line.split(maxsplit=5) for line in lines):
+        if len(fields) == 6 and fields[5].startswith(b"/"):
+            first, last = (int(address, 16) for address in fields[0].split(b"-"))
+            found.append(FileMap(first, last, int(fields[2], 16), int(fields[4]), os.fsdecode(fields[5])))
+    return found
 
 
 class Mapped:
     """A weight, and where in a file it lies, if it does. maps: from `file_maps`, taken while the weight was there."""
 
     def __init__(self, weight: Tensor, maps: list[FileMap]) -> None:
-        self.weight, self.map = weight, None
+        self.weight, self.path = weight, None
         plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"       # a plan's lie nowhere
-        if plain and maps and not (weight.is_inference() or weight.requires_grad):
-            first = weight.data_ptr()
-            near = maps[bisect.bisect_right(maps, first, key=lambda each: each.first) - 1]
-            self.at, rest = divmod(near.offset + first - near.first, weight.itemsize)
-            self.end = self.at + 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, weight.stride()))
-            if near.first <= first and first + (self.end - self.at) * weight.itemsize <= near.last and not rest:
-                self.map, self.version = near, weight._version
+        if not (plain and maps) or weight.is_inference() or weight.requires_grad:
+            return
+        self.first = weight.data_ptr()
+        near = maps[bisect.bisect_right(maps, self.first, key=lambda each: each.first) - 1]
+        self.at, rest = divmod(near.offset + self.first - near.first, weight.itemsize)
+        self.end = self.at + 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, weight.stride()))
+        inside = near.first <= self.first and self.first + (self.end - self.at) * weight.itemsize <= near.last
+        self.file = _identity(near.path)
+        if inside and not rest and self.file is not None and self.file[1] == near.inode:
+            self.path = near.path
 
     def anew(self) -> Tensor:
         """The same numbers in a map that ends with this tensor.
 
-        The weight itself where that could not be the same: it lies in no file, was changed in place, or another file has
-        taken the name.
+        The weight itself where that could not be the same: it lies in no file, was changed, or another file has taken
+        the name. What is done to numbers behind autograd's back, as by `weight.data.mul_(2)`, is not noticed.
         """
-        if self.map is None or self.weight._version != self.version:
+        if self.path is None or self.weight._version or self.weight.data_ptr() != self.first:
+            return self.weight
+        if _identity(self.path) != self.file:
             return self.weight
         try:
-            if os.stat(self.map.path).st_ino != self.map.inode:
-                return self.weight
-            storage = torch.UntypedStorage.from_file(self.map.path, False, self.end * self.weight.itemsize)
-        except (OSError, RuntimeError):                                                      # gone, or cut short
+            storage = torch.UntypedStorage.from_file(self.path, False, self.end * self.weight.itemsize)
+        except RuntimeError:                                                                 # gone, or cut short
             return self.weight
         return torch.empty(0, dtype=self.weight.dtype).set_(storage, self.at, self.weight.shape, self.weight.stride())
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Device and inode of the file that has a name now."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -62,7 +62,8 @@ def place(model: Any, setting: Setting, device: torch.device, copier: Copier | N
     model: a LatentModel or GlideModel. With an offload its networks lie in host memory, and what does not wait there
     is put on the device in the setting's dtype; without, they stay as they are. copier: see `Window`.
     """
-    layers, maps = model.unet.layers() if setting.offload == "stream" else [], file_maps()
+    layers = model.unet.layers() if setting.offload == "stream" else []
+    maps = file_maps() if setting.offload != "none" else []
     waiting = {id(p) for layer in layers for p in parameters_of(layer)}
     for part in model.unet.modules() if setting.offload != "none" else ():
         for name, p in part._parameters.items():

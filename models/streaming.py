@@ -8,8 +8,8 @@ While a layer computes in one place, the next one's weights are copied into the 
 forward, downwards backward. Each layer is a checkpoint, so nothing of it but its inputs outlives its turn, and its
 weights come a second time when its gradient is computed. Values and gradients are those of the network itself.
 
-On a CPU nothing has to be moved. Weights that are converted go into a place from a map of their own, see `mapped`; those
-that are not, are read in that map, and there are no places.
+On a CPU weights are in reach already. What is converted goes into a place from a map of its own, see `mapped`; what is
+not is read in such a map, and there are no places.
 """
 
 import itertools
@@ -169,15 +169,20 @@ class Window:
         return self.held.index(i)
 
 
-@torch.no_grad()
 def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Weights as a network computes with them for once: copies in a place of their own, or other maps of them."""
+    """Weights as a network computes with them for once: copies in a place of their own, or other maps of them.
+
+    If one is trained, they are copies that autograd knows of.
+    """
+    if any(weight.requires_grad for weight in weights):
+        return [weight.to(device, dtype) for weight in weights]
     (read,) = mapped([weights], device)
     if lies_there(weights, device, dtype):
         return [weight.anew() for weight in read]
     copies = views(torch.empty(extent(weights), dtype=dtype, device=device), weights)
-    for copy, weight in zip(copies, read):
-        copy_into(copy, weight.anew())
+    with torch.no_grad():
+        for copy, weight in zip(copies, read):
+            copy_into(copy, weight.anew())
     return copies
 
 

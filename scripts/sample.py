@@ -60,8 +60,8 @@ class Config:
     variant: str | None = None
     """fp16, for the smaller files of a folder or hub id that has them."""
     offload: Literal["none", "idle", "stream"] = "none"
-    """What leaves the device, on a CPU memory, while it does not compute: text transformer and VAE, or the layers of the
-    UNet, too."""
+    """What leaves the device (on a CPU: memory) while it does not compute: text transformer and VAE, or the layers of
+    the UNet, too."""
     prediction: str | None = None
     """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
     batch_size: int = 8

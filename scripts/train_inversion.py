@@ -81,8 +81,8 @@ class Config:
     attention: Literal["auto", "sliced", "fused", "mixed"] | None = None
     """Its kernel: ours over slices, torch's, or torch's forward and ours backward; auto is the fastest."""
     offload: Literal["none", "idle", "stream"] | None = None
-    """What leaves the device, on a CPU memory, while it does not compute: text transformer and VAE, or the layers of the
-    UNet, too."""
+    """What leaves the device (on a CPU: memory) while it does not compute: text transformer and VAE, or the layers of
+    the UNet, too."""
     memory_budget: str | None = None
     """What the device has to give, 6GiB for example: takes the fastest of the ways to run that fit. Leave 0.5 GiB of a
     GPU to its driver."""

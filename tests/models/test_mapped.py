@@ -75,12 +75,25 @@ def test_a_weight_that_the_file_no_longer_holds_is_itself(path: Path) -> None:
     with torch.no_grad():
         tensors["c"].mul_(2)
     assert changed.anew() is tensors["c"]
+    other = Mapped(nn.Parameter(tensors["b"], requires_grad=False), file_maps())
+    other.weight.data = torch.zeros(3)
+    assert other.anew() is other.weight
     weight = Mapped(tensors["a"], file_maps())
     write_safetensors(path.with_name("new.safetensors"), {"a": numbers(5), "b": torch.arange(3.0), "c": numbers(1)})
     os.replace(path.with_name("new.safetensors"), path)         # "replacing it by renaming is safe": models.files
     assert torch.equal(weight.anew(), numbers(0))
     path.unlink()
     assert torch.equal(weight.anew(), numbers(0))
+
+
+@pytest.mark.parametrize("name", ["with space", "ü 名", "a\x0cb c d e f g", "a\u2028b c d e f g", "x (deleted)"])
+def test_names_of_every_kind(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    write_safetensors(tmp_path / name / "x.safetensors", {"a": numbers(0)})
+    weight = open_tensors(tmp_path / name / "x.safetensors")["a"]
+    found = Mapped(weight, file_maps()).anew()
+    assert torch.equal(found, weight)
+    assert found.data_ptr() != weight.data_ptr()
 
 
 def test_what_lies_in_no_file_is_itself(path: Path) -> None:

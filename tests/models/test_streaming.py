@@ -191,7 +191,7 @@ def test_weights_stay_the_map_of_their_file(path: Path) -> None:
 def test_on_a_cpu_all_that_waits_is_read_in_maps_that_go(
     path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, offload: str
 ) -> None:
-    """What such a map holds is all that counts: if it held twice the numbers, the model would have twice the weights."""
+    """What such a map holds is all that counts: if it held twice the numbers, so would the model."""
     found = models.load(path, dtype, "cpu", checkpointing="blocks", offload=offload)
     monkeypatch.setattr(Mapped, "anew", lambda self: 2 * self.weight)
     wanted = models.load(path, dtype, "cpu", checkpointing="blocks")
@@ -211,6 +211,64 @@ def test_what_is_converted_when_the_rest_is_made_to_wait_is_read_so_too(
         stays = [(p, q) for p, q in zip(parameters_of(found.unet), parameters_of(wanted.unet)) if id(p) not in waits]
         assert stays
         assert all(torch.equal(p, 2 * q) for p, q in stays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offload", ["idle", "stream"])
+def test_weights_that_were_changed_are_not_read_from_the_file(path: Path, dtype: str, offload: str) -> None:
+    """In place, by another model's state, or replaced."""
+
+    def changed(model: Any, change: Any) -> None:
+        with torch.no_grad():
+            for part in (model.text, *model.unet.layers()):
+                change(part)
+
+    def doubled(part: torch.nn.Module) -> None:
+        for p in parameters_of(part):
+            p.mul_(2)
+
+    def loaded(part: torch.nn.Module) -> None:
+        part.load_state_dict({name: 2 * p for name, p in part.state_dict().items()})
+
+    def replaced(part: torch.nn.Module) -> None:
+        for p in parameters_of(part):
+            p.data = 2 * p.data
+
+    for change in (doubled, loaded, replaced):
+        both = (models.load(path, dtype, "cpu", checkpointing="blocks", offload=how) for how in ("none", offload))
+        wanted, found = both
+        before = step(wanted)
+        for model in (wanted, found):
+            changed(model, change)
+        assert not torch.equal(step(wanted)[0], before[0])
+        same(step(found), step(wanted))
+
+
+@pytest.mark.parametrize("change", ["doubled", "replaced"])
+def test_a_streamed_layer_that_was_read_before_is_changed(path: Path, change: str) -> None:
+    wanted = models.load(path, "float32", "cpu", checkpointing="blocks")
+    found = models.load(path, "float32", "cpu", **STREAMED)
+    same(step(found), step(wanted))
+    for model in (wanted, found):
+        for layer in model.unet.layers():
+            for p in parameters_of(layer):
+                with torch.no_grad():
+                    p.mul_(2) if change == "doubled" else setattr(p, "data", 2 * p.data)
+    same(step(found), step(wanted))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_text_weights_that_are_trained_get_their_gradient(path: Path, dtype: str) -> None:
+    gradients = []
+    for offload in ("none", "idle"):
+        model = models.load(path, dtype, "cpu", offload=offload)
+        model.text.requires_grad_()
+        features = model.encode_text(model.tokenizer.encode(["a dog"]))
+        features[0].float().square().mean().backward()
+        gradients.append([p.grad.to(torch.float32) for p in parameters_of(model.text) if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    # the second's weights, and so its gradients, are float32 and only computed with in bfloat16: equal all the same
+    assert all(map(torch.equal, *gradients))
 
 
 def test_on_a_cpu_there_are_no_places_where_nothing_is_converted(path: Path) -> None:
