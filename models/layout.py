@@ -53,7 +53,7 @@ def converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
 def copy_into(weight: Tensor, source: Tensor) -> None:
     """weight.copy_(source); a kernel that comes to lie channels-last on a CPU is shuffled, in a third of the time.
 
-    C groups of k k become k k of C, which is what torch's shuffle of channels does.
+    Both of one shape, each of any floating dtype. C groups of k k become k k of C: torch's shuffle of channels.
     """
     last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     if not (last and weight.device.type == "cpu"):
