@@ -45,15 +45,14 @@ class Mapped:
     """A weight, and where in a file it lies, if it does. maps: from `file_maps`, taken while the weight was there."""
 
     def __init__(self, weight: Tensor, maps: list[FileMap]) -> None:
-        self.weight, self.path = weight, None
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"       # a plan's lie nowhere
-        if not (plain and maps) or weight.is_inference() or weight.requires_grad:
+        self.weight, self.state, self.path = weight, state(weight), None
+        if not (maps and _tells(weight)) or weight.device.type != "cpu" or weight._version or weight.requires_grad:
             return
-        self.first = weight.data_ptr()
-        near = maps[bisect.bisect_right(maps, self.first, key=lambda each: each.first) - 1]
-        self.at, rest = divmod(near.offset + self.first - near.first, weight.itemsize)
+        first = weight.data_ptr()
+        near = maps[bisect.bisect_right(maps, first, key=lambda each: each.first) - 1]
+        self.at, rest = divmod(near.offset + first - near.first, weight.itemsize)
         self.end = self.at + 1 + sum((n - 1) * stride for n, stride in zip(weight.shape, weight.stride()))
-        inside = near.first <= self.first and self.first + (self.end - self.at) * weight.itemsize <= near.last
+        inside = near.first <= first and first + (self.end - self.at) * weight.itemsize <= near.last
         self.file = _identity(near.path)
         if inside and not rest and self.file is not None and self.file[1] == near.inode:
             self.path = near.path
@@ -64,15 +63,23 @@ class Mapped:
         The weight itself where that could not be the same: it lies in no file, was changed, or another file has taken
         the name. What is done to numbers behind autograd's back, as by `weight.data.mul_(2)`, is not noticed.
         """
-        if self.path is None or self.weight._version or self.weight.data_ptr() != self.first:
-            return self.weight
-        if _identity(self.path) != self.file:
+        if self.path is None or state(self.weight) != self.state or _identity(self.path) != self.file:
             return self.weight
         try:
             storage = torch.UntypedStorage.from_file(self.path, False, self.end * self.weight.itemsize)
         except RuntimeError:                                                                 # gone, or cut short
             return self.weight
         return torch.empty(0, dtype=self.weight.dtype).set_(storage, self.at, self.weight.shape, self.weight.stride())
+
+
+def state(weight: Tensor) -> tuple[int, ...]:
+    """What differs once a weight was changed or another has taken its place, if it tells: inference tensors do not."""
+    return (id(weight), weight._version, weight.data_ptr()) if _tells(weight) else (id(weight),)
+
+
+def _tells(weight: Tensor) -> bool:
+    """Whether a tensor has a place and counts its changes: not one of a plan's, for example."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
 
 
 def _identity(path: str) -> tuple[int, int] | None:

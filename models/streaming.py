@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.checkpointing import checkpoint
 from models.layout import copy_into, format_of
-from models.mapped import Mapped, file_maps
+from models.mapped import Mapped, file_maps, state
 
 PLACES = 2
 ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes or more
@@ -111,7 +111,8 @@ class CopyBeside:
 class Window:
     """Two places on a device through which the weights of layers pass, and the layers' computation with them.
 
-    layers: in the order in which the network runs them; their own weights stay where they are and are only read.
+    layers: in the order in which the network runs them; their own weights stay where they are and are only read, each
+    time as they are then: one may be replaced by another of its shape.
     dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None, which on
     a CPU is not at all where they have that dtype.
     """
@@ -119,13 +120,13 @@ class Window:
     def __init__(
         self, layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype, copier: Copier | None = None
     ) -> None:
-        self.host = [parameters_of(layer) for layer in layers]
+        self.layers, host = list(layers), [parameters_of(layer) for layer in layers]
         self.index = {layer: i for i, layer in enumerate(layers)}
-        self.mapped = mapped(self.host, device)
-        self.moves = copier is not None or not lies_there(itertools.chain(*self.host), device, dtype)
-        size = max(extent(weights) for weights in self.host) if self.moves else 0
+        self.mapped = mapped(host, device)
+        self.moves = copier is not None or not lies_there(itertools.chain(*host), device, dtype)
+        size = max(extent(weights) for weights in host) if self.moves else 0
         self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
-        self.held: list[int | None] = [None] * PLACES            # which layer lies in each place
+        self.held: list[list[Any] | None] = [None] * PLACES      # which layer lies in each place, see `_state`
         self.tickets: list[Any] = [None] * PLACES
         self.last = -1                                           # the layer that was taken last
         beside = device.type == "cuda" and torch.cuda.is_available()
@@ -148,25 +149,36 @@ class Window:
     def take(self, i: int) -> list[Tensor]:
         """The weights of layer i on the device; the layer after it, in the direction of travel, is on its way."""
         if not self.moves:
-            return [weight.anew() for weight in self.mapped[i]]
+            return [weight.anew() for weight in self._weights(i)]
         here = self._bring(i, other_than=None)
         self.copier.wait(self.tickets[here])
         ahead = i + 1 if i == 0 or i > self.last else i - 1
         self.last = i
-        if 0 <= ahead < len(self.host):
+        if 0 <= ahead < len(self.layers):
             self._bring(ahead, other_than=here)
-        return views(self.places[here], self.host[i])
+        return views(self.places[here], parameters_of(self.layers[i]))
 
     @torch.no_grad()
     def _bring(self, i: int, other_than: int | None) -> int:
         """The place where layer i lies, or is now being copied to."""
-        if i not in self.held:
+        weights, state = self._weights(i), self._state(i)
+        if state not in self.held:
             place = next(p for p in range(PLACES) if p != other_than)
             self.held[place] = None                                # until it is there: a copy may be interrupted
-            read = (weight.anew() for weight in self.mapped[i])
-            self.tickets[place] = self.copier.begin(place, read, views(self.places[place], self.host[i]))
-            self.held[place] = i
-        return self.held.index(i)
+            read = (weight.anew() for weight in weights)
+            own = [weight.weight for weight in weights]
+            self.tickets[place] = self.copier.begin(place, read, views(self.places[place], own))
+            self.held[place] = state
+        return self.held.index(state)
+
+    def _weights(self, i: int) -> list[Mapped]:
+        """Layer i's weights; one that has taken another's place lies in no file that is known."""
+        now = parameters_of(self.layers[i])
+        return [known if known.weight is own else Mapped(own, []) for known, own in zip(self.mapped[i], now)]
+
+    def _state(self, i: int) -> list[Any]:
+        """A layer's number, and what differs once its weights were changed."""
+        return [i, *map(state, parameters_of(self.layers[i]))]
 
 
 def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
