@@ -30,6 +30,8 @@ def command(doc: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
     file, rows = parser.parse_args().json, []
     if file and not file.parent.is_dir():
         parser.error(f"{file} cannot be written: there is no folder {file.parent}")
+    if file and file.is_dir():
+        parser.error(f"{file} is a folder: name a file in it")
     print(HEADER, flush=True)
     try:
         for row in measure():

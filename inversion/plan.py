@@ -32,6 +32,7 @@ from inversion.sizes import size
 from models import Setting, outline
 from models import sliced_attention as slices
 from models.attend import best_kind
+from models.devices import choose_device
 from models.mapped import Mapped
 from models.processor import cpu_has_bfloat16
 from models.setting import place
@@ -74,10 +75,10 @@ def plan(
     None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
     None for all that make sense on the device, see `settings_for`.
 
-    Raises ModelError for a source that nothing is known of and for a resolution that the model cannot halve,
-    InversionError for a batch of none.
+    Raises ModelError for a source that nothing is known of, a resolution that the model cannot halve and a device other
+    than a CPU or CUDA's, InversionError for a batch of none.
     """
-    device = torch.device(device)
+    device = choose_device(device, must_be_there=False)
     shell = _shell(outline(model) if isinstance(model, str | Path) else model)
     if batch_size < 1:
         raise InversionError(f"batch_size must be at least 1, not {batch_size}")
@@ -98,7 +99,7 @@ def drawing(
     Arguments and errors as for `plan`. Training and drawing may differ in what is the most: the one goes back, the
     other reads two prompts an image and decodes.
     """
-    device = torch.device(device)
+    device = choose_device(device, must_be_there=False)
     shell = _shell(outline(model) if isinstance(model, str | Path) else model)
     side = shell.resolution if resolution is None else resolution
     shape, (where, fake, memory) = shell.x0_shape(side, side), _followed(device)

@@ -4,7 +4,7 @@ There are two, equal to rounding: torch's fused one, and ours over slices of que
 is the first forward and the second backward.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -22,8 +22,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, kind: Attentio
 
     q: (B, N, H, d); k, v: (B, M, H, d), of any strides. Returns (B, N, H*d) in q's dtype.
     causal: position i sees positions up to i only (text transformers); needs N == M. kind: "auto" is what was faster
-    where it was measured, see `best_kind`.
+    where it was measured, see `best_kind`. Raises ValueError for a kind that there is not.
     """
+    if kind not in get_args(AttentionKind):
+        raise ValueError(f"the kernels of attention are {', '.join(get_args(AttentionKind))}; {kind!r} is none of them")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                           # (B, H, N, d)
     kind = best_kind(q) if kind == "auto" else kind
     if kind == "fused":

@@ -54,7 +54,7 @@ class _GroupNorm(torch.autograd.Function):
             dy = dy * (1 + scale)
         if ctx.needs_input_grad[0]:
             x, dy = laid_out(x), laid_out(dy)
-            sizes = len(x), x.shape[1], x[0, 0].numel(), ctx.groups
+            sizes = len(x), x.shape[1], x.shape[2:].numel(), ctx.groups
             dx, _, _ = torch.ops.aten.native_group_norm_backward(
                 dy, x, mean, rstd, weight.to(mean.dtype), *sizes, [True, False, False]
             )
@@ -75,7 +75,7 @@ def normalised(
     mean, var: those of `statistics`; None lets torch do all.
     """
     if mean is None or var is None:
-        return torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x[0, 0].numel(), groups, eps)
+        return torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x.shape[2:].numel(), groups, eps)
     first_of_group = slice(None, None, x.shape[1] // groups)
     y = normed(x, mean, var, weight, bias, eps)
     # contiguous: torch 2.13 reads the mean in its gradient as if it were

@@ -291,6 +291,10 @@ def test_models_of_unknown_size_are_refused(source: str) -> None:
 def test_what_cannot_be_planned() -> None:
     with pytest.raises(ModelError, match="multiples of 4"):
         plan(tiny_model(), 18)
+    with pytest.raises(ModelError, match="on cpu and on cuda, not on mps"):
+        plan(tiny_model(), device="mps")
+    with pytest.raises(ModelError, match="on cpu and on cuda, not on mps"):
+        drawing(tiny_model(), Setting(torch.float32), device="mps")
     with pytest.raises(InversionError, match="batch_size must be at least 1, not 0"):
         plan(tiny_model(), batch_size=0)
     assert replace(entry(1, 1), peak=2).peak == 2

@@ -41,6 +41,13 @@ def test_every_dtype_comes_out_as_float32_or_better(model: LatentModel, dtype: t
     assert model.embedding(5).dtype == torch.float32
 
 
+def test_of_no_images_there_are_no_predictions(model: LatentModel) -> None:
+    """A batch that was filtered down to nothing."""
+    features, t = TextFeatures(torch.zeros(0, 77, 32)), torch.zeros(0, dtype=torch.long)
+    assert model.predict(torch.zeros(0, 4, 16, 16), t, features).shape == (0, 4, 16, 16)
+    assert model.decode(torch.zeros(0, 4, 16, 16)).shape == (0, 3, 32, 32)
+
+
 def test_without_noise_a_latent_is_the_scaled_mean(model: LatentModel) -> None:
     moments = torch.randn(2, 8, 4, 4)
     assert torch.equal(model.draw_x0(moments, torch.zeros(2, 4, 4, 4)), 0.18215 * moments[:, :4])

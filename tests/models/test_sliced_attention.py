@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._saved_bytes import SavedBytes
+from models.attend import attend
 from models.sliced_attention import slice_size, sliced_attention
 
 
@@ -91,3 +92,8 @@ def test_memory_is_bounded_by_a_slice() -> None:
 def test_a_slice_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one query row, not 0"):
         sliced_attention(*inputs(3, 3, torch.float32)[:3], rows=0)
+
+
+def test_a_kernel_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="auto, sliced, fused, mixed; 'slices' is none of them"):
+        attend(*inputs(3, 3, torch.float32)[:3], kind="slices")
