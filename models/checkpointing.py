@@ -9,7 +9,7 @@ Source: Chen et al. 2016, Training deep nets with sublinear memory cost.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,17 +17,20 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 Checkpointing = Literal["none", "attention", "blocks"]
+AT_ONCE = nullcontext()     # no turn is waited for
 _here = threading.local()
 
 
 def checkpoint(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor | None, weights: Iterable[Tensor] = ()
-) -> Tensor | tuple[Tensor, ...]:
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor | None, weights: Iterable[Tensor] = (),
+    turn: AbstractContextManager = AT_ONCE,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """function(*inputs), whose intermediate results are computed again in the backward pass.
 
     function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value. It
     may not change them in place: RuntimeError.
-    weights: what else it reads that may need a gradient: the parameters of its module.
+    weights: what else it reads that may need a gradient: the parameters of its module. turn: a lock that is held from
+    the second run until the gradients are there.
     Gradients are those of function(*inputs), bit for bit where its operations repeat themselves; there is no second
     derivative. Checkpoints nest. Where nothing needs a gradient, the function is called and nothing is kept.
     """
@@ -35,7 +38,7 @@ def checkpoint(
     needed = trained or any(x is not None and x.requires_grad for x in inputs)
     if not (needed and torch.is_grad_enabled()):
         return function(*inputs)
-    return _Checkpoint.apply(function, len(inputs), *inputs, *trained)
+    return _Checkpoint.apply(function, turn, len(inputs), *inputs, *trained)
 
 
 def records() -> bool:
@@ -47,14 +50,16 @@ def records() -> bool:
 
 
 class _Checkpoint(torch.autograd.Function):
-    """apply(function, n, *inputs, *weights): the first n tensors are the function's arguments.
+    """apply(function, turn, n, *inputs, *weights): the first n tensors are the function's arguments.
 
     The weights are there so that a function of inputs without a gradient has one all the same if it is trained.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, function: Callable[..., Any], n: int, *tensors: Tensor | None) -> Any:
-        ctx.function, ctx.n, ctx.again = function, n, _as_it_is_now(tensors)
+    def forward(
+        ctx: FunctionCtx, function: Callable[..., Any], turn: AbstractContextManager, n: int, *tensors: Tensor | None
+    ) -> Any:
+        ctx.function, ctx.turn, ctx.n, ctx.again = function, turn, n, _as_it_is_now(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         before = [None if x is None else x._version for x in tensors[:n]]
@@ -70,18 +75,19 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed, saved, n = ctx.needs_input_grad[2:], ctx.saved_tensors, ctx.n
+        needed, saved, n = ctx.needs_input_grad[3:], ctx.saved_tensors, ctx.n
         inputs = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(saved[:n], needed)]
-        with ctx.again(), torch.enable_grad():
-            outputs = ctx.function(*inputs)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        known = [(y, dy) for y, dy in zip(outputs, gradients) if dy is not None and y.requires_grad]
-        if not known:
-            return None, None, *(None for _ in saved)
         sources = [x for x, need in zip((*inputs, *saved[n:]), needed) if need]
-        outputs, gradients = zip(*known)
-        found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needed)
+        with ctx.turn:
+            with ctx.again(), torch.enable_grad():
+                outputs = ctx.function(*inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+            known = [(y, dy) for y, dy in zip(outputs, gradients) if dy is not None and y.requires_grad]
+            if not known:
+                return None, None, None, *(None for _ in saved)
+            outputs, gradients = zip(*known)
+            found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))
+        return None, None, None, *(next(found) if need else None for need in needed)
 
 
 def _as_it_is_now(tensors: Iterable[Tensor | None]) -> Callable[[], AbstractContextManager[None]]:

@@ -41,11 +41,30 @@ def file_maps() -> list[FileMap]:
     return found
 
 
+class Seen:
+    """A weight as it is now, to tell later whether it was changed, or another has taken its place.
+
+    It keeps the numbers in memory, whose address another weight could otherwise get. Inference tensors do not count
+    their changes, and what is done behind autograd's back, as by `weight.data.mul_(2)`, is not counted.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        if _tells(weight):
+            self.version, self.first, self.numbers = weight._version, weight.data_ptr(), weight.untyped_storage()
+
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether that is the same weight, unchanged."""
+        if weight is not self.weight or not _tells(weight):
+            return weight is self.weight
+        return weight._version == self.version and weight.data_ptr() == self.first
+
+
 class Mapped:
     """A weight, and where in a file it lies, if it does. maps: from `file_maps`, taken while the weight was there."""
 
     def __init__(self, weight: Tensor, maps: list[FileMap]) -> None:
-        self.weight, self.state, self.path = weight, state(weight), None
+        self.weight, self.seen, self.path = weight, Seen(weight), None
         if not (maps and _tells(weight)) or weight.device.type != "cpu" or weight._version or weight.requires_grad:
             return
         first = weight.data_ptr()
@@ -60,21 +79,16 @@ class Mapped:
     def anew(self) -> Tensor:
         """The same numbers in a map that ends with this tensor.
 
-        The weight itself where that could not be the same: it lies in no file, was changed, or another file has taken
-        the name. What is done to numbers behind autograd's back, as by `weight.data.mul_(2)`, is not noticed.
+        The weight itself where that could not be the same: it lies in no file, was changed (see `Seen`), or another
+        file has taken the name.
         """
-        if self.path is None or state(self.weight) != self.state or _identity(self.path) != self.file:
+        if self.path is None or not self.seen.is_still(self.weight) or _identity(self.path) != self.file:
             return self.weight
         try:
             storage = torch.UntypedStorage.from_file(self.path, False, self.end * self.weight.itemsize)
         except RuntimeError:                                                                 # gone, or cut short
             return self.weight
         return torch.empty(0, dtype=self.weight.dtype).set_(storage, self.at, self.weight.shape, self.weight.stride())
-
-
-def state(weight: Tensor) -> tuple[int, ...]:
-    """What differs once a weight was changed or another has taken its place, if it tells: inference tensors do not."""
-    return (id(weight), weight._version, weight.data_ptr()) if _tells(weight) else (id(weight),)
 
 
 def _tells(weight: Tensor) -> bool:

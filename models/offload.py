@@ -11,26 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from models.checkpointing import checkpoint
 from models.errors import ModelError
-from models.streaming import computing_with, lent, parameters_of
+from models.streaming import computing_with, lent, my_turn, parameters_of
 
 Offload = Literal["none", "idle", "stream"]
 
 
 @contextmanager
 def present(model: Any, network: nn.Module) -> Iterator[None]:
-    """Within the block a network of a model computes on the model's device and in its dtype.
+    """Within the block a network of a model computes on the model's device, in the dtype that it runs in.
 
     If it waits elsewhere, it does so with copies of its weights, or other maps of them, which go with the block.
     """
     if model.offload == "none":
         yield
     else:
-        with computing_with(network, lent(parameters_of(network), model.device, model.dtype)):
+        with my_turn, computing_with(network, lent(parameters_of(network), model.device, runs_in(network))):
             yield
+
+
+def runs_in(network: nn.Module) -> torch.dtype:
+    """The dtype that a network of a model computes in, which is not that of its weights while they wait."""
+    return getattr(network, "runs_in", None) or next(network.parameters()).dtype
 
 
 def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
@@ -42,7 +48,9 @@ def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
         with present(model, network):
             return tuple(network(*inputs))
 
-    return checkpoint(run, *inputs)
+    with my_turn:
+        weights = parameters_of(network)
+    return checkpoint(run, *inputs, weights=weights)
 
 
 def require_no_offload(model: Any) -> None:

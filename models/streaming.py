@@ -13,6 +13,7 @@ not is read in such a map, and there are no places.
 """
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,16 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpointing import checkpoint
-from models.layout import copy_into, format_of
-from models.mapped import Mapped, file_maps, state
+from models.errors import ModelError
+from models.layout import converted, copy_into, format_of
+from models.mapped import Mapped, Seen, file_maps
 
 PLACES = 2
 ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes or more
+my_turn = threading.RLock()     # of several threads one at a time has weights in a module's, or a window's, places
 
 
 @contextmanager
 def computing_with(module: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block the module has these tensors in place of its parameters, in the order of `parameters_of`."""
+    """Within the block the module has these tensors in place of its parameters, in the order of `parameters_of`.
+
+    To be used within `my_turn`, taken before the parameters are looked at.
+    """
     slots = [(part, name) for part in module.modules() for name, p in part._parameters.items() if p is not None]
     own = [part._parameters[name] for part, name in slots]
     try:
@@ -126,7 +132,7 @@ class Window:
         self.moves = copier is not None or not lies_there(itertools.chain(*host), device, dtype)
         size = max(extent(weights) for weights in host) if self.moves else 0
         self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
-        self.held: list[list[Any] | None] = [None] * PLACES      # which layer lies in each place, see `_state`
+        self.held: list[tuple[int, list[Seen]] | None] = [None] * PLACES    # which layer lies there, and its weights
         self.tickets: list[Any] = [None] * PLACES
         self.last = -1                                           # the layer that was taken last
         beside = device.type == "cuda" and torch.cuda.is_available()
@@ -136,15 +142,21 @@ class Window:
         """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.layers.Condition.
 
         Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
+        Raises ModelError for a layer that is trained, in the backward pass RuntimeError for one that was changed.
         """
-        reads = getattr(layer, "reads", ())
+        reads, first = getattr(layer, "reads", ()), self._seen(layer)
+        if torch.is_grad_enabled() and any(seen.weight.requires_grad for seen in first):
+            raise ModelError("the weights of a streamed network get no gradient: load it without offload to train them")
 
         def compute(x: Tensor, *read: Tensor) -> Tensor:
             inside = cond._replace(window=None, checkpointing="none", **dict(zip(reads, read)))
-            with computing_with(layer, self.take(self.index[layer])):
-                return layer(x, inside)
+            with my_turn:
+                if not unchanged(first, layer):
+                    raise RuntimeError("weights of a streamed layer were changed between its forward and backward pass")
+                with computing_with(layer, self.take(self.index[layer])):
+                    return layer(x, inside)
 
-        return checkpoint(compute, x, *(getattr(cond, name) for name in reads))
+        return checkpoint(compute, x, *(getattr(cond, name) for name in reads), turn=my_turn)
 
     def take(self, i: int) -> list[Tensor]:
         """The weights of layer i on the device; the layer after it, in the direction of travel, is on its way."""
@@ -161,41 +173,40 @@ class Window:
     @torch.no_grad()
     def _bring(self, i: int, other_than: int | None) -> int:
         """The place where layer i lies, or is now being copied to."""
-        weights, state = self._weights(i), self._state(i)
-        if state not in self.held:
-            place = next(p for p in range(PLACES) if p != other_than)
-            self.held[place] = None                                # until it is there: a copy may be interrupted
-            read = (weight.anew() for weight in weights)
-            own = [weight.weight for weight in weights]
-            self.tickets[place] = self.copier.begin(place, read, views(self.places[place], own))
-            self.held[place] = state
-        return self.held.index(state)
+        for place, held in enumerate(self.held):
+            if held and held[0] == i and unchanged(held[1], self.layers[i]):
+                return place
+        place = next(p for p in range(PLACES) if p != other_than)
+        self.held[place] = None                                    # until it is there: a copy may be interrupted
+        weights, seen = self._weights(i), self._seen(self.layers[i])
+        read = (weight.anew() for weight in weights)
+        self.tickets[place] = self.copier.begin(place, read, views(self.places[place], [w.weight for w in weights]))
+        self.held[place] = i, seen
+        return place
 
     def _weights(self, i: int) -> list[Mapped]:
         """Layer i's weights; one that has taken another's place lies in no file that is known."""
         now = parameters_of(self.layers[i])
         return [known if known.weight is own else Mapped(own, []) for known, own in zip(self.mapped[i], now)]
 
-    def _state(self, i: int) -> list[Any]:
-        """A layer's number, and what differs once its weights were changed."""
-        return [i, *map(state, parameters_of(self.layers[i]))]
+    def _seen(self, layer: nn.Module) -> list[Seen]:
+        with my_turn:
+            return [Seen(own) for own in parameters_of(layer)]
+
+
+def unchanged(before: Sequence[Seen], layer: nn.Module) -> bool:
+    """Whether a layer's weights are those that were seen."""
+    return all(seen.is_still(own) for seen, own in zip(before, parameters_of(layer)))
 
 
 def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Weights as a network computes with them for once: copies in a place of their own, or other maps of them.
+    """Weights as a network computes with them for once: copies, or other maps of them.
 
     If one is trained, they are copies that autograd knows of.
     """
     if any(weight.requires_grad for weight in weights):
         return [weight.to(device, dtype) for weight in weights]
-    (read,) = mapped([weights], device)
-    if lies_there(weights, device, dtype):
-        return [weight.anew() for weight in read]
-    copies = views(torch.empty(extent(weights), dtype=dtype, device=device), weights)
-    with torch.no_grad():
-        for copy, weight in zip(copies, read):
-            copy_into(copy, weight.anew())
-    return copies
+    return [converted(weight.anew(), device, dtype) for weight in mapped([weights], device)[0]]
 
 
 def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[list[Mapped]]:
