@@ -19,7 +19,7 @@ from models.errors import ModelError
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
 from models.latent import PREDICTIONS, Sampling
-from models.offload import Offload, require_no_offload, visit
+from models.offload import Offload, require_no_offload, runs_in, visit
 from models.pixels import PixelModel
 from models.streaming import Window
 from models.text import TextFeatures
@@ -112,7 +112,7 @@ class GlideModel(PixelModel):
 
     def embedding(self, token: int) -> Tensor:
         """(D,) float32: the vector of an existing token, a copy."""
-        return self.text.token_embedding.weight[token].detach().float().clone()
+        return self.text.token_embedding.weight[token].detach().to(runs_in(self.text)).float().clone()
 
     def encode_text(self, tokens: Tokens, extra: Tensor | None = None) -> TextFeatures:
         """Features of tokenised prompts: context (B, L, D) and pooled (B, E), in the network's dtype.

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
-from models.offload import Offload, present, require_no_offload, visit
+from models.offload import Offload, present, require_no_offload, runs_in, visit
 from models.setting import Setting
 from models.streaming import Window
 from models.text import ClipText, TextFeatures
@@ -135,7 +135,7 @@ class LatentModel:
 
     def embedding(self, token: int) -> Tensor:
         """(D,) float32: the vector of an existing token, a copy."""
-        return self.text.embeddings.token_embedding.weight[token].detach().float().clone()
+        return self.text.embeddings.token_embedding.weight[token].detach().to(runs_in(self.text)).float().clone()
 
     def encode_text(self, tokens: Tokens, extra: Tensor | None = None) -> TextFeatures:
         """Features of tokenised prompts: context (B, L, D) in the text network's dtype.

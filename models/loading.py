@@ -79,7 +79,8 @@ def load(
     waits = offload != "none"
     how, where = (STORED, torch.device("cpu")) if waits else (dtype, device)
     model = _read(source, how, where, options, upsampler)
-    place(model, Setting(choose_dtype(dtype, model.dtype, device), checkpointing, attention, offload), device)
+    setting = Setting(choose_dtype(dtype, model.dtype, device), checkpointing, attention, offload)
+    place(model, setting, device, own_dtypes=dtype is None)
     return model
 
 

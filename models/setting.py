@@ -15,8 +15,9 @@ from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.layout import converted
 from models.mapped import Mapped, file_maps
-from models.offload import Offload
+from models.offload import Offload, runs_in
 from models.streaming import Copier, Window, parameters_of
+from models.weights import choose_dtype
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,14 @@ class Setting:
         return replace(self, offload=rest[0]) if rest else None
 
 
-def place(model: Any, setting: Setting, device: torch.device, copier: Copier | None = None) -> None:
+def place(
+    model: Any, setting: Setting, device: torch.device, copier: Copier | None = None, own_dtypes: bool = False
+) -> None:
     """Make a model, and its upsampler, run in a way.
 
-    model: a LatentModel or GlideModel. With an offload its networks lie in host memory, and what does not wait there
-    is put on the device in the setting's dtype; without, they stay as they are. copier: see `Window`.
+    model: of any kind. With an offload its networks lie in host memory, and what does not wait there is put on the
+    device in the setting's dtype; without, they stay as they are. copier: see `Window`. own_dtypes: what waits runs in
+    the dtype that its file would give it, see `choose_dtype`, and not in the setting's, which is the UNet's.
     """
     layers = model.unet.layers() if setting.offload == "stream" else []
     maps = file_maps() if setting.offload != "none" else []
@@ -72,8 +76,13 @@ def place(model: Any, setting: Setting, device: torch.device, copier: Copier | N
                 part._parameters[name] = nn.Parameter(here, requires_grad=False)
     model.checkpointing, model.attention, model.offload = setting.checkpointing, setting.attention, setting.offload
     model.window = Window(layers, device, setting.dtype, copier) if layers else None
+    for network in (part for part in vars(model).values() if isinstance(part, nn.Module)):
+        network.runs_in = None
+        if setting.offload != "none":
+            network.runs_in = choose_dtype(None, runs_in(network), device) if own_dtypes else setting.dtype
     if model.upsampler is not None:
-        place(model.upsampler, setting, device, copier)
+        its_own = replace(setting, dtype=choose_dtype(None, model.upsampler.dtype, device))
+        place(model.upsampler, its_own if own_dtypes else setting, device, copier, own_dtypes)
 
 
 def require_choice(what: str, value: str, choices: object) -> None:

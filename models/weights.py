@@ -105,9 +105,9 @@ def assign(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
 
 
 def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a network under the names of a layout, in another dtype if one is given."""
-    state = part.network.state_dict()
-    return {entry.name: entry.join(state).to(dtype or state[entry.parts[0]].dtype) for entry in part.stored}
+    """The tensors of a network under the names of a layout, in a dtype if one is given, else in what it runs in."""
+    state, waits = part.network.state_dict(), getattr(part.network, "runs_in", None)
+    return {entry.name: entry.join(state).to(dtype or waits or state[entry.parts[0]].dtype) for entry in part.stored}
 
 
 def write_safetensors(

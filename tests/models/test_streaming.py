@@ -1,6 +1,8 @@
 """Networks that wait in host memory give the same numbers as those that do not, and take no more room than promised."""
 
+import itertools
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,75 @@ def test_a_streamed_layer_that_was_read_before_is_changed(path: Path, dtype: str
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("replaced", ["parameter", "data"])
+def test_a_weight_may_take_the_place_of_one_that_took_another_s(path: Path, dtype: str, replaced: str) -> None:
+    """It may get the address of the first, which is gone by then."""
+    def put(model: Any, seed: int) -> None:
+        conv, g = model.unet.layers()[0], torch.Generator().manual_seed(seed)
+        new = 0.1 * torch.randn(conv.weight.shape, generator=g)
+        if replaced == "data":
+            conv.weight.data = new
+        else:
+            conv.weight = torch.nn.Parameter(new, requires_grad=False)
+
+    found = models.load(path, dtype, "cpu", **STREAMED)
+    for k in range(10):
+        wanted = models.load(path, dtype, "cpu", **STREAMED)
+        put(wanted, k)
+        put(found, k + 1)
+        put(found, k)
+        assert all(map(torch.equal, step(found), step(wanted)))
+
+
+def test_a_streamed_layer_is_not_trained_and_not_changed_before_its_gradient(path: Path) -> None:
+    model = models.load(path, "float32", "cpu", **STREAMED)
+    out, vectors = predicted(model)
+    parameters_of(model.unet.layers()[-1])[0].mul_(2)
+    with pytest.raises(RuntimeError, match="changed between its forward and backward pass"):
+        out.sum().backward()
+    model.unet.requires_grad_()
+    with pytest.raises(ModelError, match="get no gradient: load it without offload"):
+        predicted(model)
+    with torch.no_grad():
+        predicted(model)
+
+
+@pytest.mark.parametrize("how", [{"offload": "idle"}, STREAMED])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_take_turns(path: Path, how: dict[str, Any], dtype: str) -> None:
+    model = models.load(path, dtype, "cpu", **how)
+    own = [*parameters_of(model.unet), *parameters_of(model.text)]
+    wanted = step(model)
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(step, model) for _ in range(16)]
+    for each in found:
+        same(each.result(), wanted)
+    assert all(x is y for x, y in zip(own, [*parameters_of(model.unet), *parameters_of(model.text)]))
+
+
+@pytest.mark.parametrize("how", [{"offload": "idle"}, STREAMED])
+def test_each_network_runs_in_its_own_dtype(tmp_path: Path, how: dict[str, Any]) -> None:
+    """If none is asked for; the upsampler, too."""
+    model, glide = tiny_model(), tiny_glide()
+    model.unet.bfloat16()
+    models.save(model, tmp_path / "latent")
+    models.save(glide, tmp_path / "base.safetensors")
+    models.save(tiny_glide(factor=2), tmp_path / "upsample.safetensors", dtype=torch.bfloat16)
+    images = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    for dtype in (None, "float32"):
+        wanted, found = (
+            models.load(tmp_path / "latent", dtype, "cpu", **each)
+            for each in ({"checkpointing": how.get("checkpointing", "none")}, how)
+        )
+        same(step(found), step(wanted))
+        same((found.moments(images),), (wanted.moments(images),))
+        context = found.encode_text(found.tokenizer.encode(["a dog"])).context
+        assert (context.dtype, found.dtype) == (torch.float32, wanted.dtype)
+    cascade = models.load(tmp_path, None, "cpu", **how)
+    assert (cascade.dtype, cascade.upsampler.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_that_were_loaded_for_inference(path: Path, dtype: str) -> None:
     """They count no changes."""
     with torch.inference_mode():
@@ -271,13 +342,15 @@ def test_weights_that_were_loaded_for_inference(path: Path, dtype: str) -> None:
             assert torch.equal(predicted(found)[0], predicted(wanted)[0])
 
 
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_weights_that_are_trained_get_their_gradient(path: Path, dtype: str) -> None:
+def test_text_weights_that_are_trained_get_their_gradient(path: Path, dtype: str, learns: bool) -> None:
     gradients = []
     for offload in ("none", "idle"):
         model = models.load(path, dtype, "cpu", offload=offload)
         model.text.requires_grad_()
-        features = model.encode_text(model.tokenizer.encode(["a dog"]))
+        extra = torch.zeros(1, model.width).requires_grad_() if learns else None
+        features = model.encode_text(model.tokenizer.encode(["a <x>" if learns else "a dog"], {"<x>": 1}), extra)
         features[0].float().square().mean().backward()
         gradients.append([p.grad.to(torch.float32) for p in parameters_of(model.text) if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
@@ -301,9 +374,21 @@ def test_a_layer_that_fails_gets_its_own_weights_back() -> None:
     assert all(x is y for x, y in zip(parameters_of(layer), own))
 
 
-def test_a_streamed_model_is_saved_as_it_was_loaded(path: Path, tmp_path: Path) -> None:
-    models.save(models.load(path, "float32", "cpu", **STREAMED), tmp_path / path.name)
-    same(step(models.load(tmp_path / path.name, device="cpu")), step(models.load(path, device="cpu")))
+def test_a_model_that_waits_is_saved_in_what_it_runs_in(path: Path, tmp_path: Path) -> None:
+    for how, dtype in itertools.product(({"offload": "idle"}, STREAMED), ("float32", "bfloat16")):
+        for name, each in (("found", how), ("wanted", {})):
+            models.save(models.load(path, dtype, "cpu", **each), tmp_path / dtype / name / path.name)
+        found, wanted = (models.load(tmp_path / dtype / name / path.name, device="cpu") for name in ("found", "wanted"))
+        for network in ("unet", "text"):
+            pairs = zip(parameters_of(getattr(found, network)), parameters_of(getattr(wanted, network)))
+            assert all(p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)
+        same(step(found), step(wanted))
+
+
+@pytest.mark.parametrize("offload", ["idle", "stream"])
+def test_a_token_s_vector_is_that_of_the_table_that_is_used(path: Path, offload: str) -> None:
+    found, wanted = (models.load(path, "bfloat16", "cpu", checkpointing="blocks", offload=o) for o in (offload, "none"))
+    assert torch.equal(found.embedding(5), wanted.embedding(5))
 
 
 # --- CUDA's copies, without a GPU: what is ordered in which order
