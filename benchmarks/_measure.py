@@ -26,12 +26,8 @@ def command(doc: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
     Exits 1 with one sentence if a side fails.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table there as well")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write the rows of the table there as well")
     file, rows = parser.parse_args().json, []
-    if file and not file.parent.is_dir():
-        parser.error(f"{file} cannot be written: there is no folder {file.parent}")
-    if file and file.is_dir():
-        parser.error(f"{file} is a folder: name a file in it")
     print(HEADER, flush=True)
     try:
         for row in measure():
@@ -41,6 +37,16 @@ def command(doc: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
                 file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     except PartFailed as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def json_file(name: str) -> Path:
+    """Where rows are to be written, as the `type` of an argument."""
+    file = Path(name)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{file} cannot be written: there is no folder {file.parent}")
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{file} is a folder: name a file in it")
+    return file
 
 
 def compare(works: Sequence[Work], ours: Side, peer: Side | None, rounds: int = 3) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import json_file
 from torch import nn
 
 import inversion
@@ -115,7 +116,7 @@ def planned(device: str, works: list[tuple[int, Setting]]) -> list[inversion.Pla
 def main() -> None:
     """All rows, or one measurement, printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table there as well")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write the rows of the table there as well")
     parser.add_argument("--measure", type=int, metavar="I", help="only measure the I-th setting, and print bytes")
     given = parser.parse_args()
     if given.measure is not None:

@@ -10,8 +10,9 @@ device, and its fused attention is the operation that calls CUDA's kernel.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,13 +38,16 @@ from models.mapped import Mapped
 from models.processor import cpu_has_bfloat16
 from models.setting import place
 from models.streaming import CopyAtOnce, parameters_of
-from models.weights import on_meta
+from models.weights import choose_dtype, on_meta
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CUBLAS = 8_519_680      # bytes that its workspace takes (CUDA's documentation, cublasSetWorkspace: 2 x 4 MiB and more)
 HEAP = 64 * 2**20       # freed bytes that a CPU's heap may keep (glibc, mallopt(3): M_TRIM_THRESHOLD, twice 32 MiB)
 CUDA_BLOCK = 512        # bytes: what the caching allocator rounds up to
+LARGEST = 4096          # pixels a side: of many more, the slices of attention take minutes to follow
 EXCHANGE = 1000         # operations in the time in which a byte gets to the device: 10 TFLOP/s over 10 GB/s
+
+_one_at_a_time = threading.RLock()      # of several threads that plan: what they put in place is everyone's
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Planned:
         return self.operations + EXCHANGE * self.moved
 
 
+@torch.inference_mode(False)
 def plan(
     model: Any, resolution: int | None = None, batch_size: int = 1, device: torch.device | str = "cuda",
     settings: Iterable[Setting] | None = None,
@@ -75,15 +80,11 @@ def plan(
     None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
     None for all that make sense on the device, see `settings_for`.
 
-    Raises ModelError for a source that nothing is known of, a resolution that the model cannot halve and a device other
-    than a CPU or CUDA's, InversionError for a batch of none.
+    Raises ModelError for a source that nothing is known of or that reads no text, a resolution that the model cannot
+    halve, a device other than a CPU or CUDA's, and float16 on a CPU; InversionError for a batch of none and for images
+    of more than `LARGEST` a side.
     """
-    device = choose_device(device, must_be_there=False)
-    shell = _shell(outline(model) if isinstance(model, str | Path) else model)
-    if batch_size < 1:
-        raise InversionError(f"batch_size must be at least 1, not {batch_size}")
-    side = shell.resolution if resolution is None else resolution
-    shell.x0_shape(side, side)
+    shell, device, side = _asked(model, device, resolution, batch_size)
     encoding = cache(partial(_encoding, shell, device, side))
     settings = settings_for(device) if settings is None else settings
     return [_predicted(shell, setting, device, side, batch_size, *encoding(_encodes(setting))) for setting in settings]
@@ -99,9 +100,7 @@ def drawing(
     Arguments and errors as for `plan`. Training and drawing may differ in what is the most: the one goes back, the
     other reads two prompts an image and decodes.
     """
-    device = choose_device(device, must_be_there=False)
-    shell = _shell(outline(model) if isinstance(model, str | Path) else model)
-    side = shell.resolution if resolution is None else resolution
+    shell, device, side = _asked(model, device, resolution, batch_size)
     shape, (where, fake, memory) = shell.x0_shape(side, side), _followed(device)
     with fake, as_on(device, memory):
         model, _ = _placed(shell, setting, where, memory)
@@ -112,6 +111,21 @@ def drawing(
             model.predict(x, t, features)
             model.decode(x[:batch_size])
     return _in_all(memory, device)
+
+
+def _asked(
+    model: Any, device: torch.device | str, resolution: int | None, batch_size: int
+) -> tuple[Any, torch.device, int]:
+    """The arguments of `plan`, understood: a model without weights, the device, the side of its images."""
+    device = choose_device(device, must_be_there=False)
+    shell = _shell(outline(model) if isinstance(model, str | Path) else model)
+    if batch_size < 1:
+        raise InversionError(f"batch_size must be at least 1, not {batch_size}")
+    side = shell.resolution if resolution is None else resolution
+    if side > LARGEST:
+        raise InversionError(f"plans are made for images of up to {LARGEST} pixels a side, not of {side}")
+    shell.x0_shape(side, side)
+    return shell, device, side
 
 
 def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
@@ -144,8 +158,10 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
 def fastest(planned: Sequence[Planned], budget: int) -> Planned:
     """The fastest of the settings that fit a budget of bytes: of the first dtype with any, the one of least cost.
 
-    Raises InversionError if none does, naming the smallest and what it needs.
+    Raises InversionError if none does, naming the smallest and what it needs, and for no settings.
     """
+    if not planned:
+        raise InversionError("of no settings none is the fastest: plan some")
     fits = [each for each in planned if each.peak <= budget]
     if not fits:
         least = min(planned, key=lambda each: each.peak)
@@ -198,7 +214,7 @@ def _followed(device: torch.device) -> tuple[torch.device, AbstractContextManage
 
 def _placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemory) -> tuple[Any, set[int]]:
     """A model with weights without numbers, run in a way, those on the device held; and the ids of those that wait."""
-    _write(_networks(shell).values(), setting.dtype, where)
+    _write(_networks(shell).values(), choose_dtype(setting.dtype, setting.dtype, where), where)
     model = replace(shell)
     waiting = _waiting(model, setting.offload)
     with memory:
@@ -247,13 +263,21 @@ def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
         yield 0, slice(0, heads)
         memory.times //= count
 
-    on_cpu = device.type == "cpu"
-    fused = F.scaled_dot_product_attention if on_cpu else efficient
-    read = (lambda mapped: torch.empty_like(mapped.weight)) if on_cpu else Mapped.anew
-    with (
-        patch.object(F, "scaled_dot_product_attention", fused), patch.object(slices, "some_heads", one_for_all),
-        patch.object(Mapped, "anew", read),
-    ):  # fmt: skip
+    here, on_cpu = threading.get_ident(), device.type == "cpu"
+
+    def instead(owner: Any, name: str, replacement: Callable[..., Any]) -> AbstractContextManager:
+        """In this thread. Others go on with what they do, and with what is usual."""
+        usual = getattr(owner, name)
+        return patch.object(
+            owner, name, lambda *args, **how: (replacement if threading.get_ident() == here else usual)(*args, **how)
+        )
+
+    with _one_at_a_time, ExitStack() as stack:
+        stack.enter_context(instead(slices, "some_heads", one_for_all))
+        if on_cpu:
+            stack.enter_context(instead(Mapped, "anew", lambda mapped: torch.empty_like(mapped.weight)))
+        else:
+            stack.enter_context(instead(F, "scaled_dot_product_attention", efficient))
         yield
 
 

@@ -17,10 +17,10 @@ def parsed(text: str) -> int:
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if not match or match[2].lower() not in units:
         raise InversionError(f"{text!r} is no size of memory: write a number and a unit, like 6GiB or 800MiB")
-    number = float(match[1])
-    if math.isinf(number):
+    found = float(match[1]) * units[match[2].lower()]
+    if math.isinf(found):
         raise InversionError(f"{text[:20]}… is more memory than there is: write a size like 6GiB")
-    if not (found := int(number * units[match[2].lower()])):
+    if not (found := int(found)):
         raise InversionError(f"{text} is no memory at all: write a size like 6GiB")
     return found
 

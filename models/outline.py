@@ -14,8 +14,8 @@ from models.glide_file import cascade_files, of_preset, outline_glide
 from models.glide_hub import CASCADES
 from models.glide_tokenizer import GlideTokenizer
 from models.hub import cached
+from models.kinds import CLASSIFIER, GUIDED_DIFFUSION, kind_of
 from models.kinds import GLIDE as GLIDE_KIND
-from models.kinds import kind_of
 from models.latent import LatentModel
 from models.loading import EMBEDDED
 from models.presets import GLIDE, PRESETS, outline_preset
@@ -40,7 +40,9 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
     `models.load`, and for a hub id that nothing is known of here.
     """
     if source in EMBEDDED:
-        return outline(EMBEDDED[source], prediction)
+        model = outline(EMBEDDED[source], prediction)
+        model.source = source
+        return model
     if source in CASCADES:
         preset = GLIDE[CASCADES[source][0]]
         return of_preset(preset, GlideTokenizer.gpt2(preset.text.length), source)
@@ -51,8 +53,10 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
         files = cascade_files(path)
         return outline_glide(files[0]) if files else outline_folder(path, prediction)
     if path.is_file() or path.suffix in SUFFIXES:
-        is_glide = kind_of(open_tensors(path)) == GLIDE_KIND
-        return outline_glide(path) if is_glide else outline_file(path, prediction)
+        kind = kind_of(open_tensors(path))
+        if kind in (CLASSIFIER, GUIDED_DIFFUSION):
+            raise ModelError(f"{path} is {kind.words}: it reads no text, and so no word can be taught to it")
+        return outline_glide(path) if kind == GLIDE_KIND else outline_file(path, prediction)
     return _on_the_hub(str(source), prediction)
 
 

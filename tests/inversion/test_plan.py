@@ -1,5 +1,6 @@
 """A plan tells before the run what the run takes: checked against real steps, followed by the same means."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from diffusion import Schedule
 from inversion import Concept, InversionError, Planned, drawing, fastest, plan, settings_for
 from inversion.memory import LiveMemory, cpu_workspace
 from inversion.objective import Batch, loss_and_gradient
-from inversion.plan import HEAP, table
+from inversion.plan import HEAP, as_on, table
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
+from models.attend import attend
 from models.mapped import Mapped
 from models.setting import place
 from models.streaming import CopyAtOnce, parameters_of
 from tests.tiny import tiny_glide, tiny_model
 
-CPU, GIB = torch.device("cpu"), 2**30
+CPU, GIB, SIMPLE = torch.device("cpu"), 2**30, Setting(torch.float32)
 LEVELS = ("none", "attention", "blocks")
 
 
@@ -140,6 +142,27 @@ def test_drawing_takes_what_it_really_takes(make: Any) -> None:
     assert drawing(model, setting, None, 4, "cpu") > found
 
 
+def test_a_plan_is_the_same_where_nothing_is_recorded() -> None:
+    wanted = plan(tiny_model(), settings=[SIMPLE])
+    for nothing in (torch.inference_mode(), torch.no_grad()):
+        with nothing:
+            assert plan(tiny_model(), settings=[SIMPLE]) == wanted
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_other_threads_compute_while_one_plans(device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 64, 2, 8, generator=g)
+
+    def attended() -> list[Tensor]:
+        return [attend(q, q, q, kind=kind) for kind in ("sliced", "fused")] + [Mapped(q, []).anew()]
+
+    wanted = attended()
+    with ThreadPoolExecutor(1) as other, as_on(torch.device(device), LiveMemory("cpu")):
+        found = other.submit(attended).result()
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_computing_again_costs_operations_and_saves_memory() -> None:
     none, attention, blocks = plan(tiny_model(), 32, 8, "cuda", [Setting(torch.float32, level) for level in LEVELS])
     assert none.operations < attention.operations < blocks.operations < 2 * none.operations
@@ -244,8 +267,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_more_memory_than_there_is() -> None:
-    with pytest.raises(InversionError, match="99… is more memory than there is"):
-        parsed("9" * 400 + "GiB")
+    for digits in (300, 400):                           # the first is finite before its unit
+        with pytest.raises(InversionError, match="99… is more memory than there is"):
+            parsed("9" * digits + "TiB")
 
 
 def test_sizes_are_written() -> None:
@@ -294,9 +318,18 @@ def test_what_cannot_be_planned() -> None:
     with pytest.raises(ModelError, match="on cpu and on cuda, not on mps"):
         plan(tiny_model(), device="mps")
     with pytest.raises(ModelError, match="on cpu and on cuda, not on mps"):
-        drawing(tiny_model(), Setting(torch.float32), device="mps")
-    with pytest.raises(InversionError, match="batch_size must be at least 1, not 0"):
-        plan(tiny_model(), batch_size=0)
+        drawing(tiny_model(), SIMPLE, device="mps")
+    for function in (lambda: plan(tiny_model(), batch_size=0), lambda: drawing(tiny_model(), SIMPLE, batch_size=0)):
+        with pytest.raises(InversionError, match="batch_size must be at least 1, not 0"):
+            function()
+    with pytest.raises(InversionError, match="up to 4096 pixels a side, not of 99999984"):
+        plan(tiny_model(), 99_999_984)
+    with pytest.raises(ModelError, match="float16 on a CPU"):
+        plan(tiny_model(), device="cpu", settings=[replace(SIMPLE, dtype=torch.float16)])
+    with pytest.raises(ModelError, match="emoji_classes.* reads no text, and so no word can be taught"):
+        plan("emoji-classes")
+    with pytest.raises(InversionError, match="of no settings none is the fastest"):
+        fastest([], GIB)
     assert replace(entry(1, 1), peak=2).peak == 2
 
 
