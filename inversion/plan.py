@@ -90,6 +90,7 @@ def plan(
     return [_predicted(shell, setting, device, side, batch_size, *encoding(_encodes(setting))) for setting in settings]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def drawing(
     model: Any, setting: Setting, resolution: int | None = None, batch_size: int = 1,

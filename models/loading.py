@@ -30,6 +30,7 @@ from models.latent import LatentModel
 from models.offload import Offload
 from models.setting import Setting, place
 from models.single_file import SUFFIXES, read_single_file, write_single_file
+from models.streaming import my_turn
 from models.weights import STORED, choose_dtype
 
 DATA = Path(__file__).parent / "data"
@@ -152,11 +153,13 @@ def save(
         raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")
     if not isinstance(model, LatentModel):
         write = write_glide if isinstance(model, GlideModel) else write_class_model
-        write(model, Path(path), dtype)
+        with my_turn:
+            write(model, Path(path), dtype)
         return
     if model.released:
         raise ModelError(
             "the VAE was released from memory (release_encoder): load the model again to save it"
         )
     write = {"diffusers": write_folder, "single": write_single_file}[layout]
-    write(model, Path(path), dtype)
+    with my_turn:
+        write(model, Path(path), dtype)

@@ -9,6 +9,7 @@ import bisect
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,9 @@ class Seen:
         if _tells(weight):
             self.version, self.first, self.numbers = weight._version, weight.data_ptr(), weight.untyped_storage()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Seen, (self.weight,)         # what is copied or read from a pickle is seen then
+
     def is_still(self, weight: Tensor) -> bool:
         """Whether that is the same weight, unchanged."""
         if weight is not self.weight or not _tells(weight):
@@ -75,6 +79,9 @@ class Mapped:
         self.file = _identity(near.path)
         if inside and not rest and self.file is not None and self.file[1] == near.inode:
             self.path = near.path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mapped, (self.weight, [])    # a copy of the weight lies in no file
 
     def anew(self) -> Tensor:
         """The same numbers in a map that ends with this tensor.

@@ -16,7 +16,7 @@ from torch import nn
 
 from models.checkpointing import checkpoint
 from models.errors import ModelError
-from models.streaming import computing_with, lent, my_turn, parameters_of
+from models.streaming import computing_with, lent, my_turn, parameters_of, require_unchanged, seen
 
 Offload = Literal["none", "idle", "stream"]
 
@@ -40,17 +40,22 @@ def runs_in(network: nn.Module) -> torch.dtype:
 
 
 def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
-    """network(*inputs), a tuple. A network that waits elsewhere is not kept for its gradient, but comes again."""
+    """network(*inputs), a tuple. A network that waits elsewhere is not kept for its gradient, but comes again.
+
+    Raises RuntimeError in the backward pass if its weights were changed meanwhile.
+    """
     if model.offload == "none":
         return network(*inputs)
 
-    def run(*inputs: Any) -> Any:
-        with present(model, network):
-            return tuple(network(*inputs))
+    first = seen(network)
 
-    with my_turn:
-        weights = parameters_of(network)
-    return checkpoint(run, *inputs, weights=weights)
+    def run(*inputs: Any) -> Any:
+        with my_turn:
+            require_unchanged(first, network)
+            with present(model, network):
+                return tuple(network(*inputs))
+
+    return checkpoint(run, *inputs, weights=[each.weight for each in first])
 
 
 def require_no_offload(model: Any) -> None:

@@ -118,7 +118,7 @@ class Window:
     """Two places on a device through which the weights of layers pass, and the layers' computation with them.
 
     layers: in the order in which the network runs them; their own weights stay where they are and are only read, each
-    time as they are then: one may be replaced by another of its shape.
+    time as they are then, see `Seen`: one may be replaced by another of its shape and dtype.
     dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None, which on
     a CPU is not at all where they have that dtype.
     """
@@ -131,7 +131,8 @@ class Window:
         self.mapped = mapped(host, device)
         self.moves = copier is not None or not lies_there(itertools.chain(*host), device, dtype)
         size = max(extent(weights) for weights in host) if self.moves else 0
-        self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
+        with torch.inference_mode(False):                        # it may be used elsewhere than where it was made
+            self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
         self.held: list[tuple[int, list[Seen]] | None] = [None] * PLACES    # which layer lies there, and its weights
         self.tickets: list[Any] = [None] * PLACES
         self.last = -1                                           # the layer that was taken last
@@ -144,15 +145,14 @@ class Window:
         Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
         Raises ModelError for a layer that is trained, in the backward pass RuntimeError for one that was changed.
         """
-        reads, first = getattr(layer, "reads", ()), self._seen(layer)
-        if torch.is_grad_enabled() and any(seen.weight.requires_grad for seen in first):
+        reads, first = getattr(layer, "reads", ()), seen(layer)
+        if torch.is_grad_enabled() and any(each.weight.requires_grad for each in first):
             raise ModelError("the weights of a streamed network get no gradient: load it without offload to train them")
 
         def compute(x: Tensor, *read: Tensor) -> Tensor:
             inside = cond._replace(window=None, checkpointing="none", **dict(zip(reads, read)))
             with my_turn:
-                if not unchanged(first, layer):
-                    raise RuntimeError("weights of a streamed layer were changed between its forward and backward pass")
+                require_unchanged(first, layer)
                 with computing_with(layer, self.take(self.index[layer])):
                     return layer(x, inside)
 
@@ -178,10 +178,10 @@ class Window:
                 return place
         place = next(p for p in range(PLACES) if p != other_than)
         self.held[place] = None                                    # until it is there: a copy may be interrupted
-        weights, seen = self._weights(i), self._seen(self.layers[i])
+        weights, first = self._weights(i), seen(self.layers[i])
         read = (weight.anew() for weight in weights)
         self.tickets[place] = self.copier.begin(place, read, views(self.places[place], [w.weight for w in weights]))
-        self.held[place] = i, seen
+        self.held[place] = i, first
         return place
 
     def _weights(self, i: int) -> list[Mapped]:
@@ -189,14 +189,22 @@ class Window:
         now = parameters_of(self.layers[i])
         return [known if known.weight is own else Mapped(own, []) for known, own in zip(self.mapped[i], now)]
 
-    def _seen(self, layer: nn.Module) -> list[Seen]:
-        with my_turn:
-            return [Seen(own) for own in parameters_of(layer)]
+
+def seen(module: nn.Module) -> list[Seen]:
+    """The weights of a module as they are now."""
+    with my_turn:
+        return [Seen(own) for own in parameters_of(module)]
 
 
-def unchanged(before: Sequence[Seen], layer: nn.Module) -> bool:
-    """Whether a layer's weights are those that were seen."""
-    return all(seen.is_still(own) for seen, own in zip(before, parameters_of(layer)))
+def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
+    """Whether a module's weights are those that were seen."""
+    return all(each.is_still(own) for each, own in zip(first, parameters_of(module)))
+
+
+def require_unchanged(first: Sequence[Seen], module: nn.Module) -> None:
+    """Raise RuntimeError unless they are: a second run, for the gradient, would not be that of the first."""
+    if not unchanged(first, module):
+        raise RuntimeError("weights that wait were changed between a forward and its backward pass")
 
 
 def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:

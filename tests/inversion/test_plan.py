@@ -143,10 +143,13 @@ def test_drawing_takes_what_it_really_takes(make: Any) -> None:
 
 
 def test_a_plan_is_the_same_where_nothing_is_recorded() -> None:
-    wanted = plan(tiny_model(), settings=[SIMPLE])
+    def planned() -> list[Any]:
+        return [plan(tiny_model(), settings=[SIMPLE]), drawing(tiny_model(), SIMPLE)]
+
+    wanted = planned()
     for nothing in (torch.inference_mode(), torch.no_grad()):
         with nothing:
-            assert plan(tiny_model(), settings=[SIMPLE]) == wanted
+            assert planned() == wanted
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

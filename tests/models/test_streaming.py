@@ -1,8 +1,11 @@
 """Networks that wait in host memory give the same numbers as those that do not, and take no more room than promised."""
 
+import copy
 import itertools
+import pickle
+import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -287,10 +290,11 @@ def test_a_weight_may_take_the_place_of_one_that_took_another_s(path: Path, dtyp
 
 def test_a_streamed_layer_is_not_trained_and_not_changed_before_its_gradient(path: Path) -> None:
     model = models.load(path, "float32", "cpu", **STREAMED)
-    out, vectors = predicted(model)
-    parameters_of(model.unet.layers()[-1])[0].mul_(2)
-    with pytest.raises(RuntimeError, match="changed between its forward and backward pass"):
-        out.sum().backward()
+    for network in (model.unet.layers()[-1], model.text):
+        out, _ = predicted(model)
+        parameters_of(network)[-1].mul_(2)
+        with pytest.raises(RuntimeError, match="changed between a forward and its backward pass"):
+            out.sum().backward()
     model.unet.requires_grad_()
     with pytest.raises(ModelError, match="get no gradient: load it without offload"):
         predicted(model)
@@ -309,6 +313,40 @@ def test_threads_take_turns(path: Path, how: dict[str, Any], dtype: str) -> None
     for each in found:
         same(each.result(), wanted)
     assert all(x is y for x, y in zip(own, [*parameters_of(model.unet), *parameters_of(model.text)]))
+
+
+def test_saving_takes_its_turn(path: Path, tmp_path: Path) -> None:
+    model, saved = models.load(path, "float32", "cpu", **STREAMED), tmp_path / path.name
+    layer, inside, go_on = model.unet.layers()[0], threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        go_on.wait(10)
+
+    layer.register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(2) as threads:
+        computes = threads.submit(predicted, model)
+        assert inside.wait(10)
+        saves = threads.submit(models.save, model, saved)
+        wait([saves], timeout=0.2)                       # it would have been through in a tenth of that
+        assert not saves.done()
+        go_on.set()
+        computes.result()
+        saves.result()
+    same(step(models.load(saved, device="cpu")), step(models.load(path, device="cpu")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_a_model_of_its_own(path: Path, dtype: str, copied: Any) -> None:
+    """It reads no file, which it may not be alike."""
+    model = models.load(path, dtype, "cpu", **STREAMED)
+    for p in parameters_of(model.unet):
+        p.mul_(1.25)
+    wanted, other = step(model), copied(model)
+    for p in parameters_of(model.unet):
+        p.mul_(2)
+    same(step(other), wanted)
 
 
 @pytest.mark.parametrize("how", [{"offload": "idle"}, STREAMED])
@@ -338,7 +376,8 @@ def test_weights_that_were_loaded_for_inference(path: Path, dtype: str) -> None:
     """They count no changes."""
     with torch.inference_mode():
         wanted, found = models.load(path, dtype, "cpu"), models.load(path, dtype, "cpu", **STREAMED)
-        for _ in range(2):
+    for where in (torch.inference_mode, torch.inference_mode, torch.no_grad):
+        with where():
             assert torch.equal(predicted(found)[0], predicted(wanted)[0])
 
 
