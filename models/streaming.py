@@ -214,7 +214,10 @@ def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) ->
     """
     if any(weight.requires_grad for weight in weights):
         return [weight.to(device, dtype) for weight in weights]
-    return [converted(weight.anew(), device, dtype) for weight in mapped([weights], device)[0]]
+    (read,) = mapped([weights], device)
+    if device.type == "cpu":
+        return [converted(weight.anew(), device, dtype) for weight in read]
+    return [weight.anew().to(device, dtype, copy=True) for weight in read]     # in a plan they seem to be there already
 
 
 def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[list[Mapped]]:

@@ -20,7 +20,7 @@ from models import ModelError, Setting
 from models.attend import attend
 from models.mapped import Mapped
 from models.setting import place
-from models.streaming import CopyAtOnce, parameters_of
+from models.streaming import CopyAtOnce, lent, parameters_of
 from tests.tiny import tiny_glide, tiny_model
 
 CPU, GIB, SIMPLE = torch.device("cpu"), 2**30, Setting(torch.float32)
@@ -150,6 +150,14 @@ def test_a_plan_is_the_same_where_nothing_is_recorded() -> None:
     for nothing in (torch.inference_mode(), torch.no_grad()):
         with nothing:
             assert planned() == wanted
+
+
+def test_weights_that_come_to_a_gpu_are_counted() -> None:
+    """Its device and that of what waits are both the meta device in a plan."""
+    weights = [torch.empty(1000, dtype=torch.float16, device="meta") for _ in range(3)]
+    with LiveMemory("meta") as memory:
+        copies = lent(weights, torch.device("meta"), torch.float16)
+        assert (memory.live, len(copies)) == (6000, 3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
