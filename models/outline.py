@@ -37,7 +37,7 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
 
     source, prediction: as in `models.load`; a hub id need not have been downloaded if it is a published model's. A
     name of `presets.PRESETS`, "sd1.5" for example, will do, too. Without an upsampler. Raises ModelError as
-    `models.load`, and for a hub id that nothing is known of here.
+    `models.load`, for a file of a model of classes, and for a hub id that nothing is known of here.
     """
     if source in EMBEDDED:
         model = outline(EMBEDDED[source], prediction)
