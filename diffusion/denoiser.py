@@ -37,7 +37,10 @@ class Prediction:
 
     @classmethod
     def from_eps(cls, x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> "Prediction":
-        """x_t, eps: (B, …). alpha_bar: a float, or (B,) float64. Raises DiffusionError where it is 0."""
+        """x_t, eps: (B, …). alpha_bar: a float, or (B,) float64.
+
+        Raises DiffusionError where it is 0, and unless there are as many as samples.
+        """
         if (alpha_bar == 0).any() if isinstance(alpha_bar, Tensor) else alpha_bar == 0:
             raise DiffusionError(
                 "predicted noise says nothing about pure noise (alpha_bar = 0): zero terminal SNR needs a "
@@ -48,13 +51,16 @@ class Prediction:
 
     @classmethod
     def from_x0(cls, x_t: Tensor, x0: Tensor, alpha_bar: float | Tensor) -> "Prediction":
-        """x_t, x0: (B, …). alpha_bar: a float, or (B,) float64, below 1."""
+        """x_t, x0: (B, …). alpha_bar: a float, or (B,) float64, below 1; DiffusionError unless as many as samples."""
         signal = coefficient(alpha_bar**0.5, x_t) * x0
         return cls(x0, (x_t - signal) / coefficient((1 - alpha_bar) ** 0.5, x_t))
 
     @classmethod
     def from_v(cls, x_t: Tensor, v: Tensor, alpha_bar: float | Tensor) -> "Prediction":
-        """x_t, v: (B, …). alpha_bar: a float, or (B,) float64, from 0 to 1: exact at both ends."""
+        """x_t, v: (B, …). alpha_bar: a float, or (B,) float64, from 0 to 1: exact at both ends.
+
+        Raises DiffusionError unless there are as many as samples.
+        """
         signal, noise = coefficient(alpha_bar**0.5, x_t), coefficient((1 - alpha_bar) ** 0.5, x_t)
         return cls(signal * x_t - noise * v, signal * v + noise * x_t)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Prediction, predict
+from diffusion.denoiser import predict
 from diffusion.errors import DiffusionError
 from diffusion.posterior import learned_log_variance, posterior_mean, posterior_variance, step_beta
 from diffusion.schedule import Schedule, coefficient
@@ -26,7 +26,7 @@ def target(schedule: Schedule, form: str, x0: Tensor, t: Tensor, noise: Tensor) 
     """What a network of this form should answer at x_t = q_sample(x0, t, noise).
 
     form: `epsilon`, `v_prediction` or `sample`. x0, noise: (B, …). t: (B,) int64. Returns (B, …).
-    Raises DiffusionError for another form.
+    Raises DiffusionError for another form, and for v at a time that the schedule does not have.
     """
     if form == "epsilon":
         return noise
@@ -38,7 +38,9 @@ def target(schedule: Schedule, form: str, x0: Tensor, t: Tensor, noise: Tensor) 
 
 
 def mse(output: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of each sample. output, wanted: (B, …) alike. Returns (B,) float32 (or float64)."""
+    """Mean squared error of each sample. output, wanted: (B, …) alike, else DiffusionError. Returns (B,) float32 (or
+    float64).
+    """
     if output.shape != wanted.shape:
         raise DiffusionError(f"the network answered {tuple(output.shape)}, wanted was {tuple(wanted.shape)}")
     dtype = torch.promote_types(output.dtype, torch.float32)  # squares of float16 would drown below 6e-8
@@ -49,7 +51,7 @@ def min_snr_weight(schedule: Schedule, form: str, t: Tensor, gamma: float = 5.0)
     """The min-SNR weight of each sample's error (Hang et al. 2023).
 
     form: `epsilon`, `v_prediction` or `sample`. t: (B,) int64 >= 0. Returns (B,) float32 on t's device.
-    Raises DiffusionError for another form.
+    Raises DiffusionError for another form, and for a time that the schedule does not have.
     """
     snr = schedule.snr(t)
     if form == "epsilon":
@@ -76,28 +78,31 @@ def hybrid_loss(
     """Nichol & Dhariwal 2021, equation 16, with their factor T / 1000 on the second term.
 
     output: (B, 2C, H, W), what the network predicts and then the raw variance in [-1, 1], at x_t = q_sample(x0, t,
-    noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon.
+    noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon. Raises
+    DiffusionError for another form, a time that the schedule does not have, and epsilon at alpha_bar = 0.
     """
     answer, raw = output.chunk(2, dim=1)
     x_t = schedule.q_sample(x0, t, noise)
-    eps = predict(form, x_t, answer.detach(), schedule.alpha_bar(t)).eps
-    vb = variational_bound(schedule, eps, (raw + 1) / 2, x0, x_t, t)
+    predicted = predict(form, x_t, answer.detach(), schedule.alpha_bar(t)).x0
+    vb = variational_bound(schedule, predicted, (raw + 1) / 2, x0, x_t, t)
     return HybridLoss(mse(answer, target(schedule, form, x0, t, noise)), vb * (schedule.steps / 1000))
 
 
 def variational_bound(
-    schedule: Schedule, eps: Tensor, var_frac: Tensor, x0: Tensor, x_t: Tensor, t: Tensor
+    schedule: Schedule, predicted: Tensor, var_frac: Tensor, x0: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
     """One term of the variational bound, bits a dimension (Nichol & Dhariwal 2021, equations 4 to 6).
 
-    eps, var_frac, x0, x_t: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. Returns (B,).
+    predicted, x0, x_t: (B, C, H, W), x_0 as a network has it and as it is, in [-1, 1]. var_frac: the same shape, where
+    the variance lies, 0 to 1, see `Prediction`. t: (B,) int64. Returns (B,). Raises DiffusionError for a time that the
+    schedule does not have.
     """
     now, before = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)
     t_kept = t.clamp(min=1)  # the posterior at t = 0 has no variance: the published objective takes t = 1
     small = posterior_variance(schedule.alpha_bar(t_kept), schedule.alpha_bar(t_kept - 1))
 
     true_mean = posterior_mean(x0, x_t, now, before)
-    mean = posterior_mean(Prediction.from_eps(x_t, eps, now).x0, x_t, now, before)
+    mean = posterior_mean(predicted, x_t, now, before)
     log_variance = learned_log_variance(var_frac, small, step_beta(now, before))
 
     kl = _normal_kl(true_mean, coefficient(small.log(), x0), mean, log_variance)

@@ -66,7 +66,8 @@ def ddpm(
 
     x: (B, C, H, W) at levels[0]. variance: `small`, `large` or `learned`; None is learned where the network predicts
     one, else small. The last learned one is clipped from below at the variance of the step before, as in
-    openai/guided-diffusion at 22e0df8.
+    openai/guided-diffusion at 22e0df8. Raises DiffusionError for levels that do not go from noise to clean, as every
+    sampler, and as `ddpm_step` and `draw` do.
     """
     _check(levels)
     below = posterior_variance(levels[-3].alpha_bar, levels[-2].alpha_bar) if len(levels) > 2 else TINY
@@ -87,7 +88,10 @@ def ddim(
     generator: Generators = None,
     eta: float = 0.0,
 ) -> Iterator[State]:
-    """DDIM (Song et al. 2021, equation 12). x: (B, C, H, W) at levels[0]. eta: 0 to 1; 0 draws no noise."""
+    """DDIM (Song et al. 2021, equation 12). x: (B, C, H, W) at levels[0]. eta: 0 to 1; 0 draws no noise.
+
+    Raises DiffusionError for levels that do not go from noise to clean, for another eta, and as `draw` does.
+    """
     _check(levels)
     if not 0 <= eta <= 1:
         raise DiffusionError(f"eta lies between 0 (deterministic) and 1 (ancestral), not at {eta:g}")
@@ -101,7 +105,10 @@ def ddim(
 def euler(
     denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
 ) -> Iterator[State]:
-    """Euler's method in sigma (Karras et al. 2022, algorithm 1 without its second half). Draws no noise."""
+    """Euler's method in sigma (Karras et al. 2022, algorithm 1 without its second half). Draws no noise.
+
+    x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
+    """
     return ddim(denoise, x, levels, eta=0.0)
 
 
@@ -112,7 +119,7 @@ def euler_ancestral(
     sample_euler_ancestral).
 
     sigma_up² = sigma_s² (sigma_t² - sigma_s²) / sigma_t² is, divided by 1 + sigma_s², DDIM's variance at
-    eta = 1.
+    eta = 1. x: (B, C, H, W) at levels[0]. Raises DiffusionError as `ddim`.
     """
     return ddim(denoise, x, levels, generator=generator, eta=1.0)
 
@@ -125,7 +132,7 @@ def plms(
     The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step.
     The first step has no past and averages eps at both of its ends (Heun), so that n steps ask the network
     n + 1 times; from pure noise (alpha_bar = 0), where eps says nothing, it is a plain step. Draws no
-    noise.
+    noise. x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
     """
     _check(levels)
     past: list[Tensor] = []
@@ -145,7 +152,10 @@ def plms(
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
 ) -> Iterator[State]:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). x: (B, C, H, W) at levels[0]. Draws no noise."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). x: (B, C, H, W) at levels[0]. Draws no noise.
+
+    Raises DiffusionError for levels that do not go from noise to clean.
+    """
     _check(levels)
     before: tuple[Tensor, Level] | None = None
     for index, (level, lower) in enumerate(zip(levels, levels[1:])):
@@ -167,7 +177,7 @@ SAMPLERS: dict[str, Callable[..., Iterator[State]]] = {
 
 
 def last(states: Iterator[State]) -> Tensor:
-    """Runs a sampler to its end and returns the last x, (B, C, H, W)."""
+    """Runs a sampler to its end and returns the last x, (B, C, H, W). Raises DiffusionError if it takes no step."""
     x: Tensor | None = None
     for state in states:
         x = state.x

@@ -94,7 +94,10 @@ class Schedule:
         return self._table[t]
 
     def snr(self, t: Tensor) -> Tensor:
-        """alpha_bar / (1 - alpha_bar). t: (B,) int64. Returns (B,) float64 on the CPU, infinite at t = -1."""
+        """alpha_bar / (1 - alpha_bar). t: (B,) int64. Returns (B,) float64 on the CPU, infinite at t = -1.
+
+        Raises DiffusionError as `alpha_bar`.
+        """
         alpha_bar = self.alpha_bar(t)
         return alpha_bar / (1 - alpha_bar)
 
@@ -102,6 +105,7 @@ class Schedule:
         """A draw from q(x_t | x_0), Ho et al. 2020, equation 4.
 
         x0, noise: (B, …) of one floating dtype. t: (B,) int64. Returns x_t, (B, …), x0's dtype and device.
+        Raises DiffusionError as `alpha_bar`, and unless there are as many times as samples.
         """
         alpha_bar = self.alpha_bar(t)
         return coefficient(alpha_bar**0.5, x0) * x0 + coefficient((1 - alpha_bar) ** 0.5, x0) * noise
@@ -109,7 +113,7 @@ class Schedule:
     def velocity(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4).
 
-        x0, noise: (B, …). t: (B,) int64. Returns (B, …), x0's dtype and device.
+        x0, noise: (B, …). t: (B,) int64. Returns (B, …), x0's dtype and device. Raises DiffusionError as `q_sample`.
         """
         alpha_bar = self.alpha_bar(t)
         return coefficient(alpha_bar**0.5, x0) * noise - coefficient((1 - alpha_bar) ** 0.5, x0) * x0
@@ -135,14 +139,15 @@ class Schedule:
         return Level(float(t), 1 / (1 + sigma**2))
 
     def levels(self, times: Iterable[float]) -> list[Level]:
-        """`level` of each time of a list from `diffusion.times`, terminal entry included."""
+        """`level` of each time of a list from `diffusion.times`, terminal entry included; raises as it does."""
         return [self.level(t) for t in times]
 
 
 def coefficient(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A finished coefficient, ready to multiply `like` (B, …).
 
-    value: a float, returned as it is, or (B,) float64, cast and returned as (B, 1, …).
+    value: a float, returned as it is, or (B,) float64, cast and returned as (B, 1, …). Raises DiffusionError for
+    another number of them than B.
     """
     if not isinstance(value, Tensor):
         return value

@@ -41,7 +41,7 @@ def ddpm_step(
     if variance == "learned":
         if prediction.var_frac is None:
             raise DiffusionError("this network does not predict a variance: take variance 'small' or 'large'")
-        value = torch.exp(learned_log_variance(prediction.var_frac, max(small, floor), large))
+        value = torch.exp(learned_log_variance(prediction.var_frac, max(small, floor), max(large, floor)))
     elif variance in VARIANCES:
         value = small if variance == "small" else large
     else:
@@ -61,7 +61,8 @@ def ddim_step(
 ) -> Tensor:
     """Song et al. 2021, equation 12: the guided x_0 and eps, put together again at a lower level.
 
-    x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral).
+    x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral). Returns (B, C,
+    H, W). Raises DiffusionError for a guide at alpha_bar = 0.
     """
     prediction = prediction.guided(x_t, level)
     remaining = 1 - lower.alpha_bar
@@ -80,7 +81,8 @@ def dpmpp_2m_step(
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): of second order with the x_0 of the step before.
 
     x_t: (B, C, H, W). before: (x_0, level) of the step before, or None for first order, which is DDIM's step.
-    A step to sigma = 0 is always of first order: the second would divide by an infinite step.
+    A step to sigma = 0 is always of first order: the second would divide by an infinite step. Returns (B, C, H, W).
+    Raises DiffusionError for a guide at alpha_bar = 0.
     """
     finite = lower.sigma > 0 and level.sigma < math.inf
     h = math.log(level.sigma / lower.sigma) if finite else math.inf  # of lambda = -log sigma

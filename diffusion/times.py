@@ -60,10 +60,11 @@ def trailing(steps: int, n: int, terminal: int = -1) -> list[float]:
 def respaced(spec: str, steps: int = 1000) -> list[float]:
     """The spacings of guided-diffusion and GLIDE, terminal entry -1 added.
 
-    spec: "100" (that many, evenly, both ends included); "10,10,3,2,2" (the times cut into as many sections,
-    so many from each, the cleanest section first); "ddim50" (an integer stride that gives exactly so many);
-    "fast27" (GLIDE's: "10,10,3,2,2" with its noisiest time moved from T - 1 to T - 3). Returns descending
-    floats. Raises DiffusionError for a spec that is none of these or does not fit.
+    spec: "100" (that many, evenly, both ends included; "1" starts at T - 1, where the noise is, theirs at 0);
+    "10,10,3,2,2" (the times cut into as many sections, so many from each, the cleanest section first);
+    "ddim50" (an integer stride that gives exactly so many); "fast27" (GLIDE's: "10,10,3,2,2" with its noisiest
+    time moved from T - 1 to T - 3). Returns descending floats. Raises DiffusionError for a spec that is none of
+    these or does not fit.
     """
     if spec == "fast27":
         return [float(steps - 3), *respaced("10,10,3,2,2", steps)[1:]]
@@ -78,6 +79,8 @@ def respaced(spec: str, steps: int = 1000) -> list[float]:
     counts = spec.split(",")
     if not all(count.strip().isdecimal() for count in counts):
         raise DiffusionError(f"{spec!r} is no spacing: write '100', '10,10,3,2,2', 'ddim50' or 'fast27'")
+    if [int(count) for count in counts] == [1]:
+        return [float(steps - 1), -1.0]
     return [float(t) for t in (*reversed(_sections([int(c) for c in counts], steps)), -1)]
 
 
@@ -134,7 +137,8 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
     if sampler == "dpmpp_2m_karras":
         return karras(schedule, n)
     if sampler == "dpmpp_2m":
-        _check(steps - 1, n)
+        if n == steps:
+            raise DiffusionError(f"dpmpp_2m takes {steps} steps of {steps} times at the most {steps - 1}")
         times = linspace(steps, n + 1)
         return schedule.levels([*times[:-2], times[-1]])
     if sampler in ("euler", "euler_ancestral"):
@@ -167,6 +171,8 @@ def _sections(counts: list[int], steps: int) -> list[int]:
 
 def _time_of(sigma: float, table: list[float]) -> float:
     """The time at which a sigma holds, interpolated in log sigma; table: ascending sigmas."""
+    if len(table) == 1:
+        return 0.0
     above = min(max(bisect.bisect_right(table, sigma), 1), len(table) - 1)
     low, high = math.log(table[above - 1]), math.log(table[above])
     return above - 1 + min(max((math.log(sigma) - low) / (high - low), 0.0), 1.0)

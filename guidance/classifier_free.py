@@ -1,6 +1,6 @@
 """Classifier-free guidance: a denoiser around denoisers (Ho & Salimans 2022, equation 6).
 
-    guided = null + scale · (conditional - null)
+    guided = null + scale · (conditional - null),       scale = 1 + w of the paper
 
 0 is the null prediction, 1 the conditional one (guidance is off), beyond 1 extrapolates. The weights add up
 to 1, so eps, x_0 and v may each be combined, with the same answer; both that a `Prediction` carries are. A
@@ -30,7 +30,7 @@ class Predictor(Protocol):
 
 
 def bind(model: Predictor, features: Any, times: int = 1) -> Denoiser:
-    """A denoiser with its prompts bound. features: of as many prompts as x_t will have samples.
+    """A denoiser of x_t (B, C, h, w) with its prompts bound. features: of B prompts, as the model's encoder gives them.
 
     times: how often x_t will hold the same samples, one run of them after the other; `classifier_free_pair` gives them
     twice. A model that `shares` is shown one run, and computes once what does not depend on the prompts.
@@ -46,14 +46,17 @@ def bind(model: Predictor, features: Any, times: int = 1) -> Denoiser:
 
 
 def classifier_free(conditional: Denoiser, null: Denoiser, scale: float) -> Denoiser:
-    """Guidance from two denoisers; at scale 1 or 0 only the one that counts is asked."""
+    """Guidance from two denoisers of x_t (B, C, h, w); at scale 1 or 0 only the one that counts is asked."""
     if scale in (0, 1):
         return conditional if scale == 1 else null
     return lambda x_t, level: combine(conditional(x_t, level), null(x_t, level), scale)
 
 
 def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
-    """Guidance from one denoiser bound to 2B prompts, the null ones first: one pass over a doubled batch."""
+    """Guidance from one denoiser bound to 2B prompts, the null ones first: one pass over a doubled batch.
+
+    Returns a denoiser of x_t (B, C, h, w).
+    """
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         prediction = both(torch.cat([x_t, x_t]), level)                                        # (2B, C, h, w)

@@ -80,8 +80,9 @@ def generate(
     given = zip((sampler, steps, scale), model.sampling)
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
+    inputs.require_concepts(concepts)
     if getattr(model, "factor", 1) > 1:
-        prompts, concepts = inputs.in_plain_words(prompts, concepts), ()
+        (prompts, negatives), concepts = (inputs.in_plain_words(each, concepts) for each in (prompts, negatives)), ()
     inputs.require_sizes(height=height, width=width, batch_size=batch_size)
     inputs.require_two_sides(model, scale)
     batches = inputs.batches(len(prompts), batch_size)

@@ -43,11 +43,12 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
         raise GuidanceError(f"the scale of a gradient is a finite number (0 is off), not {scale}")
     said: set[str] = set()
 
+    @torch.inference_mode(False)                         # where nothing could have a gradient
     @torch.enable_grad()
     def gradient(x_t: Tensor, level: Level) -> Tensor:
         if scale == 0:
             return torch.zeros_like(x_t)
-        x = x_t.detach().requires_grad_()
+        x = x_t.detach().clone().requires_grad_()
         t = torch.full((len(x),), round(level.t), device=x.device)
         log_p = log_probability(x, t)
         if not isinstance(log_p, Tensor) or log_p.shape != t.shape:
@@ -87,7 +88,8 @@ def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Grad
         what = f"class {wrong[0]} is none" if wrong else "no class is named"
         known = getattr(network, "names", f"0 to {network.classes - 1}")
         raise GuidanceError(f"{what}: this classifier knows {known}, and wants one an image")
-    y = torch.tensor(numbers)
+    with torch.inference_mode(False):
+        y = torch.tensor(numbers)
 
     def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
         if len(x_t) != len(y):
@@ -122,7 +124,7 @@ def clip_gradient(clip: Any, texts: Sequence[str], scale: float) -> Gradient:
         raise GuidanceError(f"texts are one an image, [{texts!r}] for one, not {texts!r}")
     if not texts:
         raise GuidanceError("there is no text: give one an image")
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         text = clip.encode_text(texts)                                                         # (B, E)
 
     def log_probability(x_t: Tensor, t: Tensor) -> Tensor:

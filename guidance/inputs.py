@@ -27,6 +27,8 @@ def prompts(
     if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
         raise GuidanceError(f"prompts are texts; got {prompts!r}")
     prompts, negative = list(prompts), "" if negative is None else negative
+    if not isinstance(negative, Sequence) or not all(isinstance(each, str) for each in negative):
+        raise GuidanceError(f"negative prompts are texts; got {negative!r}")
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
         raise GuidanceError("there is no prompt: give at least one, the empty one if need be")
@@ -194,6 +196,8 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
         raise GuidanceError(f"a generator is a seed, a seed a prompt, or a torch.Generator, not {generator!r}")
     if isinstance(generator, int | Sequence):
         seeds = [generator + i for i in range(count)] if isinstance(generator, int) else list(generator)
+        if not all(isinstance(seed, int) for seed in seeds):
+            raise GuidanceError(f"seeds are whole numbers, not {generator!r}")
         if len(seeds) != count:
             raise GuidanceError(f"{len(seeds)} seeds for {count} images: give one, or as many")
         if not all(0 <= seed < 2**63 for seed in seeds):
@@ -205,10 +209,16 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:
-    """The placeholders with their numbers of vectors, and all vectors (n, D) in that order."""
+def require_concepts(concepts: Sequence[Concept]) -> None:
+    """Raise GuidanceError for what is no list of learned words."""
     if hasattr(concepts, "placeholder"):
         raise GuidanceError("concepts is a list of learned words: put this one in brackets")
+    if not isinstance(concepts, Sequence) or not all(hasattr(each, "vectors") for each in concepts):
+        raise GuidanceError(f"concepts is a list of learned words, each an inversion.Concept, not {concepts!r}")
+
+
+def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:
+    """The placeholders with their numbers of vectors, and all vectors (n, D) in that order."""
     for concept in concepts:
         family = getattr(concept, "metadata", {}).get("family")
         fits = concept.vectors.ndim == 2 and concept.vectors.shape[1] == model.width

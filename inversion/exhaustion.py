@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from inversion.errors import InversionError
 from inversion.plan import plan
 from models import GlideModel, LatentModel, Setting
 
@@ -33,5 +34,8 @@ def next_cheaper(model: Any, side: int, batch_size: int) -> Setting | None:
         settings.append(following)
     if len(settings) == 1 or not isinstance(model, LatentModel | GlideModel):
         return model.setting.cheaper()
-    now, *others = plan(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
+    try:
+        now, *others = plan(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
+    except InversionError:                                          # larger than any plan
+        return model.setting.cheaper()
     return next((each.setting for each in others if each.peak < now.peak), None)

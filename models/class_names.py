@@ -41,7 +41,7 @@ class ClassNames:
             raise ModelError(f"this model knows no classes, {asked!r} neither: the one prompt for it is the empty one")
         if asked in self.names:
             return self.names.index(asked)
-        number = int(asked) if isinstance(asked, int) or asked.strip().isdecimal() else -1
+        number = int(asked) if isinstance(asked, int) or str(asked).strip().isdecimal() else -1
         if not 0 <= number < len(self):
             raise ModelError(f"there is no class {asked!r}; there are {len(self)}: {self}")
         return number

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from models.devices import choose_device
 from models.errors import ModelError
 from models.fetching import cache, fetch_all
 from models.files import Weights
@@ -39,20 +40,21 @@ def load_cascade(
 
 
 def load_noisy_clip(
-    source: str | Path = "glide", dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    source: str | Path = "glide", dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> NoisyClip:
     """GLIDE's noise-aware CLIP, frozen, for `guidance.clip_gradient`.
 
     source: "glide", fetched once from OpenAI as `models.load` does, or a folder of clip_text_enc.pt and
     clip_image_enc.pt. dtype, device: as in `models.load`. Raises ModelError for what is not there or does not fit.
     """
+    device = choose_device(device)
     paths = fetched(CLIP) if source == "glide" else [Path(source) / f"{part}.pt" for part in CLIP]
     clip = on_meta(lambda: NoisyClip(NoisyClipConfig()))
     for path, encoder in zip(paths, (clip.text_encoder, clip.image_encoder)):
         if not path.is_file():
             raise ModelError(f"there is no {path}: a folder of CLIP holds clip_text_enc.pt and clip_image_enc.pt")
         with _to_be_removed(path, source == "glide"):
-            fill([Part(encoder, Layout())], Weights((path,)), dtype, torch.device(device))
+            fill([Part(encoder, Layout())], Weights((path,)), dtype, device)
     return clip
 
 

@@ -53,7 +53,7 @@ class _GroupNorm(torch.autograd.Function):
             d_scale, d_shift = y.mul_(dy).sum((2, 3), keepdim=True), dy.sum((2, 3), keepdim=True)
             dy = dy * (1 + scale)
         if ctx.needs_input_grad[0]:
-            x, dy = laid_out(x), laid_out(dy)
+            x, dy = (laid_out(each) if each.device.type == "cpu" else each.contiguous() for each in (x, dy))
             sizes = len(x), x.shape[1], x.shape[2:].numel(), ctx.groups
             dx, _, _ = torch.ops.aten.native_group_norm_backward(
                 dy, x, mean, rstd, weight.to(mean.dtype), *sizes, [True, False, False]
@@ -72,9 +72,12 @@ def normalised(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The group norm of x (B, C, h, w) in x's dtype, and each group's mean and 1 / sqrt(var + eps), (B, groups).
 
-    mean, var: those of `statistics`; None lets torch do all.
+    mean, var: those of `statistics`; None lets torch do all, whose kernels before 2.14 read maps on a GPU as if they
+    were contiguous, and take weights of the maps' dtype only.
     """
     if mean is None or var is None:
+        if x.device.type != "cpu":
+            x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
         return torch.native_group_norm(x, weight, bias, len(x), x.shape[1], x.shape[2:].numel(), groups, eps)
     first_of_group = slice(None, None, x.shape[1] // groups)
     y = normed(x, mean, var, weight, bias, eps)

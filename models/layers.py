@@ -148,8 +148,8 @@ def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:
 
 
 def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
-    """Whether a frozen layer is asked for a large map and no gradient."""
-    return bands.is_large(x) and not (trains(conv) or torch.is_grad_enabled() and x.requires_grad)
+    """Whether a frozen layer is asked for a large map where no gradient is wanted."""
+    return bands.is_large(x) and not (trains(conv) or records())
 
 
 def trains(layer: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Nothing is downloaded, and of a file only the names and shapes are read.
 import re
 from pathlib import Path
 
+from models.class_hub import FILES
 from models.errors import ModelError
 from models.files import open_tensors
 from models.folder import outline_folder
@@ -14,7 +15,7 @@ from models.glide_file import cascade_files, of_preset, outline_glide
 from models.glide_hub import CASCADES
 from models.glide_tokenizer import GlideTokenizer
 from models.hub import cached
-from models.kinds import CLASSIFIER, GUIDED_DIFFUSION, kind_of
+from models.kinds import CLASSIFIER, GUIDED_DIFFUSION, Kind, kind_of
 from models.kinds import GLIDE as GLIDE_KIND
 from models.latent import LatentModel
 from models.loading import EMBEDDED
@@ -31,6 +32,8 @@ PUBLISHED = {
        for owner in ("sd2-community", "stabilityai") for minor in ("", "-1")},
 }  # fmt: skip
 
+OF_CLASSES = {"emoji-classes", *FILES}      # models of classes that have a name
+
 
 def outline(source: str | Path, prediction: str | None = None) -> LatentModel | GlideModel:
     """The networks that `models.load` would load, on the meta device, frozen.
@@ -39,6 +42,8 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
     name of `presets.PRESETS`, "sd1.5" for example, will do, too. Without an upsampler. Raises ModelError as
     `models.load`, for a file of a model of classes, and for a hub id that nothing is known of here.
     """
+    if source in OF_CLASSES:
+        raise _reads_no_text(source, GUIDED_DIFFUSION)
     if source in EMBEDDED:
         model = outline(EMBEDDED[source], prediction)
         model.source = source
@@ -55,7 +60,7 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
     if path.is_file() or path.suffix in SUFFIXES:
         kind = kind_of(open_tensors(path))
         if kind in (CLASSIFIER, GUIDED_DIFFUSION):
-            raise ModelError(f"{path} is {kind.words}: it reads no text, and so no word can be taught to it")
+            raise _reads_no_text(path, kind)
         return outline_glide(path) if kind == GLIDE_KIND else outline_file(path, prediction)
     return _on_the_hub(str(source), prediction)
 
@@ -67,7 +72,12 @@ def _on_the_hub(repository: str, prediction: str | None) -> LatentModel:
         return outline_folder(folder, prediction)
     if repository in PUBLISHED:
         return outline_preset(PRESETS[PUBLISHED[repository]])
+    known = [name for name in (*EMBEDDED, *CASCADES, *PUBLISHED) if name not in OF_CLASSES]
     raise ModelError(
         f"nothing is known here of the sizes of {repository}: there is no such file or folder, it has not been "
-        f"downloaded, and it is none of {', '.join((*EMBEDDED, *CASCADES, *PUBLISHED))}"
+        f"downloaded, and it is none of {', '.join(known)}"
     )
+
+
+def _reads_no_text(source: str | Path, kind: Kind) -> ModelError:
+    return ModelError(f"{source} is {kind.words}: it reads no text, and so no word can be taught to it")

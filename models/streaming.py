@@ -88,6 +88,9 @@ class CopyBeside:
         self.sent: list[torch.cuda.Event | None] = [None] * PLACES
         self.thread = ThreadPoolExecutor(1, "weights")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CopyBeside, (self.pinned[0].numel(), self.pinned[0].dtype, self.device)
+
     def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> "Future[torch.cuda.Event]":
         """See `Copier`. The place is overwritten once everything that the GPU was told before this has been done."""
         free = torch.cuda.current_stream(self.device).record_event()
@@ -133,11 +136,15 @@ class Window:
         size = max(extent(weights) for weights in host) if self.moves else 0
         with torch.inference_mode(False):                        # it may be used elsewhere than where it was made
             self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
+            beside = device.type == "cuda" and torch.cuda.is_available()
+            self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
         self.held: list[tuple[int, list[Seen]] | None] = [None] * PLACES    # which layer lies there, and its weights
         self.tickets: list[Any] = [None] * PLACES
         self.last = -1                                           # the layer that was taken last
-        beside = device.type == "cuda" and torch.cuda.is_available()
-        self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
+
+    def __getstate__(self) -> dict[str, Any]:
+        nothing = [None] * PLACES           # what is on its way stays with this window; a copy of it fetches its own
+        return vars(self) | {"held": nothing, "tickets": list(nothing)}
 
     def run(self, layer: nn.Module, x: Tensor, cond: Any) -> Tensor:
         """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.layers.Condition.
@@ -163,7 +170,11 @@ class Window:
         if not self.moves:
             return [weight.anew() for weight in self._weights(i)]
         here = self._bring(i, other_than=None)
-        self.copier.wait(self.tickets[here])
+        try:
+            self.copier.wait(self.tickets[here])
+        except BaseException:
+            self.held[here] = None                                 # a copy that failed: the next one begins anew
+            raise
         ahead = i + 1 if i == 0 or i > self.last else i - 1
         self.last = i
         if 0 <= ahead < len(self.layers):

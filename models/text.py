@@ -62,7 +62,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 def token_vectors(table: Tensor, ids: Tensor, extra: Tensor | None) -> Tensor:
     """Look tokens up in a table (V, D), and those at or beyond V in `extra` (n, D), which stays differentiable.
 
-    ids: (B, L) int64 in 0..V+n-1. Returns (B, L, D) in the table's dtype. Raises IndexError for an id beyond both.
+    ids: (B, L) int64 in 0..V+n-1. Returns (B, L, D) in the table's dtype. An id beyond both is an
+    IndexError on a CPU, and CUDA's own assertion there.
     """
     if extra is None:
         return F.embedding(ids, table)

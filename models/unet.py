@@ -262,7 +262,8 @@ class UNet(Descent):
         x and t may be b, for which B = k b texts stand, each told all of them in turn: what comes before the first text
         is read is then computed once.
         checkpointing, attention, window: how, see `Condition`; answers and gradients are the same.
-        Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none.
+        Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none,
+        and where B is no multiple of b.
         """
         require_choice("checkpointing", checkpointing, Checkpointing)
         require_choice("attention", attention, AttentionKind)

@@ -30,7 +30,7 @@ from models.renaming import Layout, Stored, stored
 AT_ONCE = 256 * 2**20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 8
-STORED = "stored"
+STORED = object()      # no name: nobody else can ask for it
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: t
     on_cpu = device.type == "cpu"
     if wanted == "auto":
         return (torch.bfloat16 if cpu_has_bfloat16() else torch.float32) if on_cpu else torch.float16
-    if wanted == STORED:
+    if wanted is STORED:
         return found
     if wanted is None:
         return torch.float32 if on_cpu and found == torch.float16 else found

@@ -81,7 +81,8 @@ def draw(config: Config, model: ClassModel, guide: Classifier, kind: str, scale:
 def measured(judge: Classifier, images: Tensor, kind: str, scale: float) -> Row:
     """A row of the table. images: (classes * count, 3, H, W), class after class."""
     wanted = torch.arange(judge.classes).repeat_interleave(len(images) // judge.classes)
-    seen = judge(images.to(next(judge.parameters())), torch.zeros(len(images))).argmax(dim=1)
+    weight = next(judge.parameters())
+    seen = judge(images.to(weight), torch.zeros(len(images), device=weight.device)).argmax(dim=1).cpu()
     right = (seen == wanted).float().mean().item()
     return Row(kind, scale, right, (right * (1 - right) / len(images)) ** 0.5, distance(images, judge.classes))
 

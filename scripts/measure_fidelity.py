@@ -77,7 +77,7 @@ def main(config: Config) -> None:
             model, prompts, steps=config.steps, scale=config.scale, sampler=config.sampler,
             generator=config.seed + i,
         )  # fmt: skip
-    latents = model.moments(torch.stack(drawings)).chunk(2, dim=1)[0]
+    latents = model.moments(torch.stack(drawings)).chunk(2, dim=1)[0].cpu()
     ranks = ranks_of_names(latents, training, names, [names[j] for j in picked])
     found = {f"top{k}": (ranks < k).float().mean().item() for k in (1, 5)}
     print(f"{len(picked)} captions over {len(set(names))} concepts. The nearest training image shows the named one for")

@@ -62,7 +62,7 @@ class Config:
     warmup: int = 0
     """Steps in which the learning rate rises."""
     patience: int | None = None
-    """Stop after so many validations, of which there are twelve, without progress; None goes to the end."""
+    """Stop after so many validations, of which there are about twelve, without progress; None goes to the end."""
     resolution: int | None = None
     """Side of the square images, in pixels; None is the model's own."""
     flip: bool = False
@@ -139,7 +139,8 @@ def main(config: Config) -> None:
         config = resumed(output, config, may_differ=HOW)
     elif config.memory_budget is not None:
         shell, *sizes = planning(config)
-        config = within_budget(config, shell, *sizes, drawn=RECIPES.get(shell.family, PHOTOGRAPHS).batch_size)
+        at_once = RECIPES.get(shell.family, PHOTOGRAPHS).batch_size
+        config = within_budget(config, shell, *sizes, drawn=min(at_once, max(1, config.samples)))
     files, model = find_images(config.images), load(config, upsampler=False)
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     size = model.resolution if config.resolution is None else config.resolution

@@ -66,10 +66,8 @@ def test_bound_is_zero_for_the_posterior_itself() -> None:
     schedule, t = Schedule("linear"), torch.tensor([1, 500, 999])
     x0, noise = torch.rand(2, 3, 1, 4, 4, dtype=torch.float64) * 2 - 1
     x_t = schedule.q_sample(x0, t, noise)
-    bound = variational_bound(schedule, noise, torch.zeros_like(x0), x0, x_t, t)
-    assert (
-        bound.abs().max() < 1e-9
-    )  # at t = 999 the mean carries x_0's rounding times 1 / sqrt(alpha_bar), 157
+    bound = variational_bound(schedule, x0, torch.zeros_like(x0), x0, x_t, t)
+    assert bound.abs().max() < 1e-12    # float64 rounds at 2e-16, the logarithm of a variance of 1e-4 at 2e-15
 
 
 def test_bound_for_another_variance_is_the_formula() -> None:
@@ -77,7 +75,7 @@ def test_bound_for_another_variance_is_the_formula() -> None:
     posterior."""
     schedule, t = Schedule("squaredcos_cap_v2"), torch.tensor([400])
     x0, noise = torch.rand(2, 1, 1, 4, 4, dtype=torch.float64) * 2 - 1
-    bound = variational_bound(schedule, noise, torch.ones_like(x0), x0, schedule.q_sample(x0, t, noise), t)
+    bound = variational_bound(schedule, x0, torch.ones_like(x0), x0, schedule.q_sample(x0, t, noise), t)
     now, before = schedule.alphas_bar[400].item(), schedule.alphas_bar[399].item()
     ratio = schedule.betas[400].item() / posterior_variance(now, before)
     assert bound.item() == pytest.approx((math.log(ratio) + 1 / ratio - 1) / 2 / math.log(2), rel=1e-9)
@@ -90,10 +88,10 @@ def test_bound_at_time_zero_is_a_likelihood_of_pixels() -> None:
     x0 = torch.full((1, 1, 2, 2), 0.2, dtype=torch.float64)
     noise = torch.randn_like(x0)
     x_t = schedule.q_sample(x0, t, noise)
-    bound = variational_bound(schedule, noise, torch.ones_like(x0), x0, x_t, t)  # variance beta_0 = 1e-4
+    bound = variational_bound(schedule, x0, torch.ones_like(x0), x0, x_t, t)  # variance beta_0 = 1e-4
     mass = math.erf(1 / 255 / 0.01 / math.sqrt(2))
     assert bound.item() == pytest.approx(-math.log2(mass), abs=4e-3)  # the tanh form of the CDF is 4e-4 off
-    bound = variational_bound(schedule, noise, torch.zeros_like(x0), x0, x_t, t)  # the variance of t = 1
+    bound = variational_bound(schedule, x0, torch.zeros_like(x0), x0, x_t, t)  # the variance of t = 1
     small = posterior_variance(schedule.alphas_bar[1].item(), schedule.alphas_bar[0].item())
     mass = math.erf(1 / 255 / small**0.5 / math.sqrt(2))
     assert bound.item() == pytest.approx(-math.log2(mass), abs=4e-3)
@@ -101,7 +99,7 @@ def test_bound_at_time_zero_is_a_likelihood_of_pixels() -> None:
         (1, 1, 2, 2), 1.0, dtype=torch.float64
     )  # the outermost bin is open: it holds more than half
     x_t = schedule.q_sample(edge, t, noise)
-    assert variational_bound(schedule, noise, torch.ones_like(x0), edge, x_t, t).item() < 1
+    assert variational_bound(schedule, edge, torch.ones_like(x0), edge, x_t, t).item() < 1
 
 
 def test_hybrid_is_the_same_bound_of_a_network_that_predicts_v() -> None:
@@ -117,6 +115,17 @@ def test_hybrid_is_the_same_bound_of_a_network_that_predicts_v() -> None:
     torch.testing.assert_close(of_v.mse, mse(guess.x0, x0) / (1 - alpha_bar).float(), rtol=1e-6, atol=0)
 
 
+def test_hybrid_of_a_network_that_predicts_v_knows_pure_noise() -> None:
+    """alpha_bar_T = 0: x_t is noise alone, and a right answer has the posterior's mean."""
+    schedule, t = Schedule("linear", zero_terminal_snr=True), torch.tensor([999])
+    x0, noise = torch.rand(2, 1, 3, 4, 4, dtype=torch.float64) * 2 - 1
+    v = schedule.velocity(x0, t, noise)
+    terms = hybrid_loss(schedule, torch.cat([v, -torch.ones_like(v)], dim=1), x0, t, noise, "v_prediction")
+    assert terms.vb.abs().max() < 1e-12                               # var_frac = 0 is the posterior's own variance
+    with pytest.raises(DiffusionError, match="predicted noise says nothing about pure noise"):
+        hybrid_loss(schedule, torch.cat([v, v], dim=1), x0, t, noise)
+
+
 def test_hybrid_trains_the_mean_by_the_error_alone() -> None:
     schedule, t = Schedule("squaredcos_cap_v2", steps=100), torch.tensor([0, 60])
     x0, noise = torch.rand(2, 2, 3, 4, 4) * 2 - 1
@@ -126,7 +135,7 @@ def test_hybrid_trains_the_mean_by_the_error_alone() -> None:
     assert by_mse[:, 3:].abs().max() == 0
     assert by_vb[:, :3].abs().max() == 0
     assert by_vb[:, 3:].abs().min() > 0
-    full = variational_bound(
-        schedule, output[:, :3], (output[:, 3:] + 1) / 2, x0, schedule.q_sample(x0, t, noise), t
-    )
+    x_t = schedule.q_sample(x0, t, noise)
+    predicted = Prediction.from_eps(x_t, output[:, :3], schedule.alpha_bar(t)).x0
+    full = variational_bound(schedule, predicted, (output[:, 3:] + 1) / 2, x0, x_t, t)
     torch.testing.assert_close(terms.vb, full * 0.1)  # T / 1000

@@ -307,3 +307,12 @@ def test_terminal_zero_repeats_time_zero() -> None:
     for sampler in DETERMINISTIC:
         a, b = (last(sampler(curved, x, SD.levels(times))) for times in ([400, 200, 0, 0], [400, 200, 0]))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_learned_variance_where_the_last_step_stays_at_its_level() -> None:
+    """Stable Diffusion's DDIM times end at time 0, which 1000 of them reach before: there is nothing to add there."""
+    at_0 = Schedule("linear").level(0)
+    x, fraction = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    prediction = replace(Prediction.from_eps(x, 0 * x, at_0.alpha_bar), var_frac=fraction)
+    found = last(ddpm(lambda x, level: prediction, x, [at_0, at_0], generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-9)           # a variance of 1e-20 adds noise of 1e-10

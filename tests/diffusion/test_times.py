@@ -52,6 +52,8 @@ def test_offset_and_terminal() -> None:
 def test_one_step_starts_in_the_noise() -> None:
     assert linspace(1000, 1) == [999, -1]
     assert trailing(1000, 1) == [999, -1]
+    assert respaced("1") == respaced(" 1") == [999, -1]
+    assert respaced("1", steps=1) == [0, -1]
 
 
 @pytest.mark.parametrize("spec", CASE["respacing"])
@@ -114,6 +116,11 @@ def test_defaults_descend_for_every_number_of_steps(sampler: str, zero: bool) ->
             assert levels[0].alpha_bar == 0
 
 
+def test_a_schedule_of_one_time() -> None:
+    schedule = Schedule("linear", 1, 0.5, 0.5)
+    assert karras(schedule, 1) == [schedule.level(0), schedule.level(-1)]
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -129,6 +136,7 @@ def test_defaults_descend_for_every_number_of_steps(sampler: str, zero: bool) ->
         (lambda: from_strength([1.0, -1.0], 0.5), "leaves none of 1 steps: take at least 2"),
         (lambda: default_levels(Schedule("linear"), "heun", 5), "no sampler is called 'heun'; there are ddpm"),
         (lambda: karras(Schedule("linear", zero_terminal_snr=True), 5), "finite largest sigma"),
+        (lambda: default_levels(Schedule("linear"), "dpmpp_2m", 1000), "of 1000 times at the most 999"),
     ],
 )
 def test_refused(make: object, sentence: str) -> None:

@@ -117,6 +117,7 @@ def test_an_upsampler_by_itself_enlarges_an_image() -> None:
     ("options", "said"),
     [
         ({}, "give it an image of 16x16 pixels"),
+        ({"concepts": None}, "concepts is a list of learned words, each an inversion.Concept, not None"),
         ({"image": picture(32)}, "makes 64x64 pixels of 16x16; this image has 32x32"),
         ({"image": picture(16), "mask": torch.ones(16, 16)}, "a mask is for a base model"),
     ],
@@ -220,11 +221,14 @@ def test_an_upsampler_reads_what_a_word_began_as() -> None:
     """Within the cascade and by itself; a word is no part of a longer one."""
     concept = Concept("sks", torch.randn(2, 32), {"init": "dog", "family": tiny_glide().family})
     prompt, plain = "two masks and one sks", "two masks and one dog"
+    negative = {"negative": "a blue sks", "scale": 3.0}
     assert inputs.in_plain_words([prompt], [concept]) == [plain]
     upsampler, small = tiny_glide(factor=2), picture(16)
     options = {"image": small, "steps": 2, "generator": 0, "height": 32, "width": 32}
     drawn = generate(upsampler, prompt, concepts=[concept], **options)
     assert torch.equal(drawn, generate(upsampler, plain, **options))
+    drawn = generate(upsampler, prompt, concepts=[concept], **options, **negative)
+    assert torch.equal(drawn, generate(upsampler, plain, **options, **negative | {"negative": "a blue dog"}))
 
 
 def test_an_image_without_pixels_is_refused() -> None:
@@ -252,6 +256,18 @@ class TestGradient:
             gradient = gradient_of(log_probability, 3.0)(x, Level(17.0, 0.9))
         torch.testing.assert_close(gradient, 3.0 * (y - x), rtol=0, atol=1e-6)
         assert seen == [[17]]
+
+    def test_it_is_the_same_in_inference_mode(self) -> None:
+        """Where no tensor has a gradient unless it is asked for."""
+        torch.manual_seed(0)
+        clip = NoisyClip(NoisyClipConfig(16, 49408, 20, 2, 2, 16, 4, 2, 2, 1000, 8))
+        randomise(clip)
+        level = Level(300.0, 0.5)
+        wanted = clip_gradient(clip, ["a dog"], 2.0)(picture(16)[None], level)
+        with torch.inference_mode():
+            found = clip_gradient(clip, ["a dog"], 2.0)(picture(16)[None], level)
+        assert wanted.abs().max() > 0
+        assert torch.equal(found, wanted)
 
     def test_an_ancestral_chain_is_drawn_towards_it(self) -> None:
         target = torch.full((1, 3, 16, 16), 0.8)

@@ -67,6 +67,8 @@ def test_classes_and_words_that_there_are_not() -> None:
         generate(tiny_classes(), ["dog", "wolf"], **STEPS)
     with pytest.raises(ModelError, match="no class '3'; there are 3"):
         generate(tiny_classes(), "3", **STEPS)
+    with pytest.raises(ModelError, match="no class 2.5; there are 3"):
+        tiny_classes().classes.index(2.5)
     with pytest.raises(GuidanceError, match=r"reads \(n, 0\)"):
         generate(tiny_classes(), "<x>", concepts=[Concept("<x>", torch.zeros(1, 32))], **STEPS)
 

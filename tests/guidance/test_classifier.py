@@ -104,6 +104,8 @@ def test_the_gradient_is_that_of_the_class_s_log_probability() -> None:
     def chosen(x_t: Tensor) -> Tensor:
         return network(x_t, torch.tensor([300, 300])).log_softmax(dim=1)[torch.arange(2), [3, 1]]
 
+    with torch.inference_mode():
+        assert torch.equal(classifier(network, [3, 1], 2.0)(x, Level(300.0, 0.5)), gradient)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         rise = (chosen(x + 1e-2 * direction) - chosen(x - 1e-2 * direction)) / 2e-2     # central: third order

@@ -253,6 +253,13 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
         ({"batch_size": 0}, "at least one image, not 0"),
         ({"generator": -1}, "between 0 and 2.63, not at -1"),
         ({"generator": [1, 2]}, "2 seeds for 1 images"),
+        ({"generator": "5"}, "seeds are whole numbers, not '5'"),
+        ({"generator": [None]}, r"seeds are whole numbers, not \[None\]"),
+        ({"generator": [1.5]}, r"seeds are whole numbers, not \[1.5\]"),
+        ({"negative": 3}, "negative prompts are texts; got 3"),
+        ({"negative": [3]}, r"negative prompts are texts; got \[3\]"),
+        ({"concepts": None}, "a list of learned words, each an inversion.Concept, not None"),
+        ({"concepts": ["<a>"]}, r"each an inversion.Concept, not \['<a>'\]"),
         (
             {"image": torch.zeros(1, 16, 16)},
             r"is \(3, H, W\), or \(1, 3, H, W\) for as many prompts, not \(1, 1, 16",

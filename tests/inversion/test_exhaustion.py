@@ -71,6 +71,10 @@ def test_what_needs_as_much_is_not_named() -> None:
     assert next_cheaper(model, 512, 4).checkpointing == "attention"         # there the step is the larger
 
 
+def test_what_is_too_large_to_be_planned_gets_the_next_level() -> None:
+    assert next_cheaper(outline("sd1.5"), 8192, 1).checkpointing == "attention"
+
+
 def test_where_nothing_is_cheaper_it_says_so() -> None:
     model = exhausted(5, MemoryError())
     place(model, Setting(torch.float32, "blocks", offload="stream"), torch.device("cpu"))

@@ -323,6 +323,14 @@ def test_models_of_unknown_size_are_refused(source: str) -> None:
         plan(source)
 
 
+@pytest.mark.parametrize("source", ["adm-64", "emoji-classes"])
+def test_models_of_classes_learn_no_words(source: str) -> None:
+    with pytest.raises(ModelError, match=f"^{source} is a UNet of guided-diffusion: it reads no text"):
+        plan(source)
+    with pytest.raises(ModelError, match="^(?!.*emoji-classes)"):
+        plan("nowhere")
+
+
 def test_what_cannot_be_planned() -> None:
     with pytest.raises(ModelError, match="multiples of 4"):
         plan(tiny_model(), 18)

@@ -1,12 +1,14 @@
 """Operations with frozen weights: the value and the gradients that autograd has, from less than it keeps."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._saved_bytes import SavedBytes
 from models.frozen import conv2d, geglu
@@ -100,6 +102,32 @@ def test_on_a_gpu_it_stays_in_its_dtype_under_autocast() -> None:
             assert frozen_group_norm(x, weight, weight, 4, 1e-5).dtype == torch.float16
         finally:
             torch.set_autocast_enabled("cuda", False)
+
+
+class SeenContiguous(TorchDispatchMode):
+    """Fails where a group norm's kernel would be given maps that it reads as if they were contiguous."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "group_norm" in str(func):
+            self.calls += 1
+            maps = [each for each in args if isinstance(each, Tensor) and each.ndim == 4]
+            assert maps
+            assert all(each.is_contiguous() for each in maps)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_off_the_cpu_its_kernels_get_contiguous_maps(strided: bool) -> None:
+    """torch before 2.14 does not see to that itself, and refuses the forward pass or computes wrong gradients."""
+    x, weight = torch.empty(2, 16, 4, 4, device="meta"), torch.empty(8, device="meta")
+    x = (x[:, ::2] if strided else x[:, :8].contiguous()).requires_grad_()
+    with SeenContiguous() as seen:
+        y = frozen_group_norm(x, weight, weight, 4, 1e-5, True)
+        dy = torch.empty_like(y).contiguous(memory_format=torch.channels_last)
+        torch.autograd.grad(y, x, dy)
+    assert seen.calls == 3                                                 # of which one is the second forward run
 
 
 class TestKept:

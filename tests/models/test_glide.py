@@ -165,8 +165,10 @@ class TestClipFiles:
         torch.save(clip.text_encoder.state_dict(), tmp_path / "clip_text_enc.pt")
         with pytest.raises(ModelError, match=r"there is no .*clip_image_enc\.pt"):
             models.load_noisy_clip(tmp_path)
+        with pytest.raises(ModelError, match="there is no device 'gpu': use cpu"):
+            models.load_noisy_clip(tmp_path, device="gpu")
         torch.save(clip.image_encoder.state_dict(), tmp_path / "clip_image_enc.pt")
-        again = models.load_noisy_clip(tmp_path)
+        again = models.load_noisy_clip(tmp_path, device="cpu")
         x, t = torch.ones(1, 3, 16, 16), torch.tensor([5])
         given = [each.similarity(each.encode_text(["a dog"]), x, t) for each in (clip, again)]
         assert torch.equal(*given)

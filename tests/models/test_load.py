@@ -247,6 +247,10 @@ class TestFolders:
     def test_auto(self, copy: Path) -> None:
         assert models.load(copy, dtype="auto", device="cpu").dtype in (torch.bfloat16, torch.float32)
 
+    def test_no_dtype(self, copy: Path) -> None:
+        with pytest.raises(ModelError, match="'stored' is no dtype to run a model in"):
+            models.load(copy, dtype="stored", device="cpu")
+
     def test_float16_on_a_cpu(self, copy: Path) -> None:
         with pytest.raises(ModelError, match="hundreds of times slower"):
             models.load(copy, dtype=torch.float16, device="cpu")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._saved_bytes import SavedBytes
+from models import bands
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.checkpointing import Checkpointing
@@ -97,6 +98,19 @@ def test_a_level_repeats_itself_to_the_bit_in_half_precision(kind: str, images: 
         out, found = gradients(unet, wanted, level, images=images)
         assert torch.equal(out, plain[0])
         assert all(torch.equal(found[name], plain[1][name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_level_repeats_itself_to_the_bit_on_large_maps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which go in bands where no gradient is wanted, and neither of a checkpoint's two runs may."""
+    monkeypatch.setattr(bands, "is_large", lambda x: True)
+    unet = network(kind, torch.float32).requires_grad_(False)
+    wanted = "context" if "self" not in kind else "pooled"
+    plain = gradients(unet, {wanted})
+    for level in LEVELS[1:]:
+        out, found = gradients(unet, {wanted}, level)
+        assert torch.equal(out, plain[0])
+        assert torch.equal(found[wanted], plain[1][wanted])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,6 +108,31 @@ def test_a_copy_that_was_interrupted_is_made_anew() -> None:
     same(step(model), step(wanted))
 
 
+def test_a_copy_that_failed_beside_is_made_anew() -> None:
+    class Failing(CopyAtOnce):
+        """Begins every copy, and finds only when it is waited for that the third came to nothing."""
+
+        begun = 0
+
+        def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> bool:
+            self.begun += 1
+            if self.begun != 3:
+                super().begin(place, host, device)
+            return self.begun == 3
+
+        def wait(self, ticket: bool) -> None:
+            if ticket:
+                raise OSError("the disk is gone")
+
+    layers = [torch.nn.Linear(3, 2 + i) for i in range(4)]
+    window = Window(layers, CPU, torch.float64, Failing())
+    for i in (0, 1):
+        window.take(i)
+    with pytest.raises(OSError, match="the disk is gone"):
+        window.take(2)
+    assert all(torch.equal(w, p.double()) for w, p in zip(window.take(2), parameters_of(layers[2])))
+
+
 def test_images_are_encoded_and_decoded_by_a_visitor() -> None:
     wanted, found = tiny_model(), tiny_model()
     place(found, IDLE, CPU)
@@ -477,6 +502,9 @@ def test_cuda_copies_wait_for_what_still_reads_the_place(monkeypatch: pytest.Mon
     assert copies[:2] == ["copies waits for computes"] * 2            # into places that nobody has pinned before
     assert copies[2:] == ["the host waits for copies", "copies waits for computes"] * 4
     assert order.said.count("computes waits for copies") == 8         # before each layer
+    other = copy.deepcopy(window)                                     # with a thread and pinned memory of its own
+    assert all(torch.equal(w, p.double()) for w, p in zip(other.take(2), parameters_of(other.layers[2])))
+    assert other.copier.thread is not window.copier.thread
 
 
 # --- what is refused

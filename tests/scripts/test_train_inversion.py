@@ -330,11 +330,19 @@ def test_a_plan_says_that_nothing_fits(script: ModuleType, config: Any, capsys: 
 def test_drawing_that_takes_more_than_the_budget_is_said(
     script: ModuleType, config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script.inversion, "drawing", lambda *what: 2**30)
+    drawn: list[int] = []
+
+    def drawing(shell: Any, setting: Any, side: int, count: int, device: Any) -> int:
+        drawn.append(count)
+        return 2**30
+
+    monkeypatch.setattr(script.inversion, "drawing", drawing)
+    monkeypatch.setattr(script, "PHOTOGRAPHS", replace(script.PHOTOGRAPHS, batch_size=4))
     given = replace(config, dtype="float32", device="cpu", steps=1, memory_budget="1000MiB", samples=1)
     script.main(given)
     said = "drawing the samples afterwards takes 1.00 GiB, more than that: --samples 0 leaves it out"
     assert said in capsys.readouterr().out
+    assert drawn == [1]                                                    # of one sample one, whatever a batch is
     script.main(replace(given, samples=0, output=config.output / "other"))
     assert said not in capsys.readouterr().out
 
