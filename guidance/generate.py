@@ -81,9 +81,10 @@ def generate(
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
     inputs.require_concepts(concepts)
+    inputs.require_kinds(strength, guidance, progress)
     if getattr(model, "factor", 1) > 1:
         (prompts, negatives), concepts = (inputs.in_plain_words(each, concepts) for each in (prompts, negatives)), ()
-    inputs.require_sizes(height=height, width=width, batch_size=batch_size)
+    inputs.require_sizes(height=height, width=width)
     inputs.require_two_sides(model, scale)
     batches = inputs.batches(len(prompts), batch_size)
     if guidance is not None and len(batches) > 1:

@@ -39,6 +39,16 @@ def prompts(
     return prompts, negatives
 
 
+def require_kinds(strength: float, guidance: Any, progress: Any) -> None:
+    """Raise GuidanceError for a strength that is no number, and what should be called and cannot be."""
+    if not isinstance(strength, (int, float)):
+        raise GuidanceError(f"a strength is a number above 0, at most 1, not {strength!r}")
+    if guidance is not None and not callable(guidance):
+        raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {guidance!r}")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise GuidanceError(f"progress is True, False, or a function of the steps done and in all, not {progress!r}")
+
+
 def require_sizes(**sizes: Any) -> None:
     """Raise GuidanceError for a size that is given and no whole number."""
     for name, size in sizes.items():
@@ -238,6 +248,8 @@ def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tens
 
 def batches(count: int, size: int) -> list[slice]:
     """`count` images in runs of at most `size`."""
+    if type(size) is not int:
+        raise GuidanceError(f"batch_size is a whole number, not {size!r}")
     if size < 1:
         raise GuidanceError(f"a batch holds at least one image, not {size}")
     return [slice(i, i + size) for i in range(0, count, size)]

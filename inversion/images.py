@@ -96,14 +96,21 @@ def _decode(file: Path) -> "Image":
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)  # a copy, which decodes the file
-    except Exception as error:  # decoders of some twenty formats fail in their own ways
-        reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    except Image.UnidentifiedImageError as error:
         raise InversionError(
-            f"{file} is damaged or cut short ({reason}): remove it, or copy it again"
+            f"{file} is damaged or cut short, or no image at all: copy it again, or name another"
         ) from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise InversionError(f"{file} has more than {most} pixels, and is not opened: make it smaller") from error
+    except Exception as error:  # decoders of some twenty formats fail in their own ways
+        raise InversionError(f"{file} is damaged or cut short ({error}): remove it, or copy it again") from error
     if image.mode == "F":
         raise InversionError(f"{file} holds floating-point pixels, of unknown white: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise InversionError(f"{file} holds pixels of {low} to {high}, of unknown white: save it with 8 or 16 bits")
         image = Image.fromarray(
             (np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8)
         )

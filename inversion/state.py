@@ -9,7 +9,7 @@ which is AdamW without weight decay: decay would pull the word's vectors towards
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,36 @@ class State:
             beside.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path, run: dict[str, Any]) -> "State":
-        """Continue from a file of `save`. Raises InversionError if it is none, or belongs to another run."""
+    def load(cls, path: Path, run: dict[str, Any], shape: torch.Size) -> "State":
+        """Continue from a file of `save`. shape: of the vectors.
+
+        Raises InversionError if it is none, is damaged, or belongs to another run.
+        """
         if not path.is_file():
             raise InversionError(f"there is no training to resume: {path} does not exist")
+        damaged = InversionError(f"{path} is damaged and cannot be resumed: start again in a new folder")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, state = content["run"], cls(**content["state"])
+            theirs, state = dict(content["run"]), cls(**content["state"])
         except Exception as error:  # a damaged pickle fails in many ways
-            raise InversionError(
-                f"{path} is damaged and cannot be resumed: start again in a new folder"
-            ) from error
+            raise damaged from error
         for key in run.keys() | theirs.keys():
             if run.get(key) != theirs.get(key):
                 raise InversionError(
                     f"{path} belongs to another run: its {key} is {theirs.get(key)}, not {run.get(key)}. "
                     "Resume with the same settings and files, or start in a new folder"
                 )
+        if not state._is_whole(shape):
+            raise damaged
         return state
+
+    def _is_whole(self, shape: torch.Size) -> bool:
+        """Whether the fields are such as `save` can have written."""
+        tensors = (self.vectors, self.mean, self.square, self.best)
+        numbers = all(isinstance(x, Tensor) and x.shape == shape and x.dtype == torch.float32 for x in tensors)
+        fresh = State.start(torch.zeros(shape))
+        counted = all(
+            type(getattr(self, field.name)) is type(getattr(fresh, field.name))
+            for field in fields(self) if field.name != "scale"
+        )  # fmt: skip
+        return numbers and counted and bool(self.vectors.isfinite().all()) and len(self.losses) == self.step

@@ -12,6 +12,7 @@ from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
 from inversion.exhaustion import advice, is_out_of_memory
+from inversion.interruption import unbroken
 from inversion.training import DEFAULTS, StepReport, Training
 
 
@@ -76,17 +77,25 @@ def _trained(
     try:
         for report in training.steps():
             if file is not None and report.step % config.checkpoint_every == 0:
-                training.save(state_file(file))
+                with unbroken():
+                    training.save(state_file(file))
             if on_step is not None:
                 on_step(report)
-    finally:
-        if file is not None and training.state.history:
-            training.save(state_file(file))
-            if training.state.best_step:
-                training.best().save(file)
-    if file is not None:
-        training.best().save(file)
+        _write(training, file, ended=True)
+    except BaseException:
+        _write(training, file, ended=False)
+        raise
     return training
+
+
+def _write(training: Training, file: Path | None, ended: bool) -> None:
+    """The state, and the best word so far; if nothing was better than the start, only when the training has ended."""
+    if file is None or not training.state.history:
+        return
+    with unbroken():
+        training.save(state_file(file))
+        if ended or training.state.best_step:
+            training.best().save(file)
 
 
 def state_file(file: Path) -> Path:

@@ -121,15 +121,17 @@ class Training:
         self.state.save(path, self._run())
 
     def resume(self, path: Path) -> None:
-        """Continue from a file of `save`. Raises InversionError for another run's."""
-        self.state = State.load(path, self._run())
+        """Continue from a file of `save`. Raises InversionError for another run's, and for a damaged one."""
+        self.state = State.load(path, self._run(), self.concept.vectors.shape)
 
     def _advance(self) -> StepReport:
         started, state, rate = time.perf_counter(), self.state, self.config.rate(self.state.step)
         loss, gradient = self._gradient(state)
         finite = bool(torch.isfinite(gradient).all()) and math.isfinite(loss)
         clipped = gradient * min(1.0, self.config.clip_norm / max(gradient.norm().item(), 1e-12))
-        state = state.updated(clipped, rate, loss) if finite else state.passed_over()
+        moved = state.updated(clipped, rate, loss) if finite else state
+        finite = finite and bool(torch.isfinite(moved.vectors).all())     # a rate can be too large for float32
+        state = moved if finite else state.passed_over()
         due = state.step % self.config.validate_every == 0 or state.step == self.config.steps
         if due:
             state = self._validated(state)
@@ -138,7 +140,8 @@ class Training:
             self._require_movement(gradient)
         if state.in_a_row >= NON_FINITE:
             raise InversionError(
-                f"the loss was not finite in {NON_FINITE} steps in a row, to step {state.step}: "
+                f"the loss, or what it makes of the vectors, was not finite in {NON_FINITE} steps in a row, to step "
+                f"{state.step}: "
                 f"{self._precision()}; the best vectors so far, of step {state.best_step}, are kept"
             )
         validation_loss = state.history[-1]["validation_loss"] if due else None

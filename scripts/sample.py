@@ -79,7 +79,10 @@ def read_concepts(files: tuple[str, ...], model: Model, texts: tuple[str, ...]) 
         warnings.warn(shadowed, UserWarning, stacklevel=2)
     known = {concept.placeholder for concept in concepts}
     for word in known:
-        if not any(word in text for text in texts):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                            # of what is cut off drawing warns, too
+            ids = model.tokenizer.encode(texts, {word: 1}).ids
+        if not (ids >= model.tokenizer.vocab_size).any():
             raise GuidanceError(f"no prompt has the learned word {word}: write it into one")
     unknown = {word for text in texts for word in re.findall(r"<[^<>\s]+>", text)} - known
     if unknown:

@@ -132,6 +132,9 @@ def main(config: Config) -> None:
     if config.samples < 0:
         raise InversionError(f"--samples is how many images to draw with either word, 0 or more, not {config.samples}")
     if config.plan:
+        if config.resume:
+            given = dataclasses.replace(config, plan=False, memory_budget=None)
+            config = dataclasses.replace(resumed(config.resume, given, HOW), memory_budget=config.memory_budget)
         show(config, *planning(config))
         return
     output = config.resume or new_folder(config.output, slug(config), "--resume FOLDER")

@@ -181,6 +181,19 @@ def test_pixels_of_unknown_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(InversionError, match="floating-point pixels"):
         read_folder(tmp_path, 32)
+    for number in (65536, -1):
+        Image.fromarray(np.full((32, 32), number, np.int32)).save(tmp_path / "a.tiff")
+        with pytest.raises(InversionError, match=f"pixels of {number} to {number}, of unknown white"):
+            read_folder(tmp_path, 32)
+
+
+def test_what_is_intact_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("hello")
+    with pytest.raises(InversionError, match=r"notes\.md is damaged or cut short, or no image at all"):
+        read_images([tmp_path / "notes.md"], 32)
+    Image.new("1", (14000, 14000)).save(tmp_path / "large.png")          # 24 KB
+    with pytest.raises(InversionError, match=r"large\.png has more than 178956970 pixels, .*: make it smaller"):
+        read_images([tmp_path / "large.png"], 32)
 
 
 def test_hidden_folders_are_not_searched(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     state = State.start(torch.randn(2, 4)).updated(torch.randn(2, 4), 0.1, 1 / 3).passed_over()
     state = state.validated(0.1, {"step": 2, "norms": [1.0, 2.0]})
     state.save(tmp_path / "a" / "s.pt", {"seed": 1})
-    again = State.load(tmp_path / "a" / "s.pt", {"seed": 1})
+    again = State.load(tmp_path / "a" / "s.pt", {"seed": 1}, torch.Size([2, 4]))
     for name, value in vars(state).items():
         other = getattr(again, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else repr(value) == repr(other)
@@ -87,12 +88,27 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
 def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     State.start(torch.zeros(1, 4)).save(tmp_path / "s.pt", {"seed": 1, "steps": 3})
     with pytest.raises(InversionError, match="belongs to another run: its seed is 1, not 2"):
-        State.load(tmp_path / "s.pt", {"seed": 2, "steps": 3})
+        State.load(tmp_path / "s.pt", {"seed": 2, "steps": 3}, torch.Size([1, 4]))
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(InversionError, match="there is no training to resume"):
-        State.load(tmp_path / "s.pt", {})
+        State.load(tmp_path / "s.pt", {}, torch.Size([1, 4]))
     (tmp_path / "s.pt").write_bytes(b"half")
     with pytest.raises(InversionError, match="is damaged and cannot be resumed"):
-        State.load(tmp_path / "s.pt", {})
+        State.load(tmp_path / "s.pt", {}, torch.Size([1, 4]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"vectors": torch.zeros(2, 4)}, {"vectors": "x"}, {"mean": None}, {"best": torch.zeros(1, 4).double()},
+        {"vectors": torch.full((1, 4), torch.nan)}, {"step": "3"}, {"step": 3}, {"losses": [1.0]}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_state_that_cannot_be(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    State.start(torch.zeros(1, 4)).save(tmp_path / "s.pt", {})
+    content = torch.load(tmp_path / "s.pt", weights_only=True)
+    torch.save(content | {"state": content["state"] | wrong}, tmp_path / "s.pt")
+    with pytest.raises(InversionError, match="is damaged and cannot be resumed"):
+        State.load(tmp_path / "s.pt", {}, torch.Size([1, 4]))

@@ -1,6 +1,7 @@
 """The trainer on a tiny random model, and on one so simple that its gradient is known in closed form."""
 
 import hashlib
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,27 @@ def test_after_ctrl_c_it_resumes_bit_for_bit(tmp_path: Path, new: Callable[[], A
     assert torch.equal(Concept.load(file).vectors, Concept.load(tmp_path / "whole.safetensors").vectors)
 
 
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_ctrl_c_while_the_state_is_written(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, at a checkpoint or at the end: what is written is written whole, and then it is passed on."""
+    whole, file, save = learn(Sum()), tmp_path / "x.safetensors", torch.save
+    writes: list[int] = []
+
+    def interrupted(content: Any, path: Path) -> None:
+        writes.append(content["state"]["step"])
+        if writes[-1] == {"first": 5, "last": 12}[when] and writes.count(writes[-1]) == 1:
+            signal.raise_signal(signal.SIGINT)
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(Sum(), replace(FAST, checkpoint_every=5), file=file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "x.training.pt"]
+    again = learn(Sum(), replace(FAST, checkpoint_every=5), file=file, resume=True)
+    same(whole, again)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_killed_within_a_step_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole, model, file = learn(Sum()), Sum(), tmp_path / "x.safetensors"
     answer = model.predict
@@ -451,6 +473,14 @@ def test_a_loss_that_stays_non_finite_stops_and_says_why(tmp_path: Path) -> None
         learn(Poisoned(set(range(9, 1000))), replace(FAST, steps=100, validate_every=4), file=file)
     assert state_file(file).exists()
     assert Concept.load(file).metadata["steps"] == "4"  # the best until then
+
+
+def test_a_learning_rate_that_float32_cannot_hold(tmp_path: Path) -> None:
+    """Such steps are passed over like a loss that is not finite."""
+    result = learn(Sum(), replace(FAST, learning_rate=1e308, steps=3), file=tmp_path / "x.safetensors")
+    assert (result.metrics["skipped_steps"], result.metrics["best_step"]) == (3, 0)
+    with pytest.raises(InversionError, match=r"not finite in 10 steps in a row, to step 10: lower the learning rate"):
+        learn(Sum(), replace(FAST, learning_rate=1e308, steps=30))
 
 
 def test_a_loss_that_is_not_finite_from_the_start(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
     [
         ({"sampler": "heun"}, "no sampler is called 'heun'"),
         ({"concept": ("new.safetensors",)}, "no prompt has the learned word <new>"),
+        ({"concept": ("og=new.safetensors",)}, "no prompt has the learned word og"),       # it is part of another
         ({"output": "start.png/inside"}, "nothing can be written to"),
         ({"output": "model"}, "already holds something"),
         ({"count": 0}, "--count is at least 1, not 0"),

@@ -265,7 +265,7 @@ def test_what_cannot_be_resumed_is_refused(
         script.main(script.Config(resume=config.output, seed=3))
     flags = (config.output / "run.json").read_text()
     other = flags.replace('"steps": 2', '"steps": "abc"')
-    for damaged, message in ((other, "steps cannot be 'abc'"), ("[1]", "no flags")):
+    for damaged, message in ((other, "steps cannot be 'abc'"), ("[1]", "no flags"), ("{}", "it lacks model, images, ")):
         (config.output / "run.json").write_text(damaged)
         with pytest.raises(InversionError, match=message):
             script.main(script.Config(resume=config.output))
@@ -319,6 +319,14 @@ def test_a_plan_is_printed_and_nothing_else_happens(script: ModuleType, config: 
     assert found == [("float16", level, "fused", offload) for level, offload in (*expected, ("blocks", "stream"))]
     assert [row.split("  ")[-1].strip() for row in rows].count("<- fastest that fits") == 1
     assert not config.output.exists()
+
+
+def test_a_plan_of_a_run_is_of_its_flags(script: ModuleType, config: Any, capsys: Any) -> None:
+    script.main(replace(config, samples=0, steps=2, batch_size=3))
+    capsys.readouterr()
+    script.main(script.Config(resume=config.output, plan=True, memory_budget="1GiB"))
+    assert "16x16 pixels, batch 3, on" in (said := capsys.readouterr().out)
+    assert "<- fastest that fits" in said
 
 
 def test_a_plan_says_that_nothing_fits(script: ModuleType, config: Any, capsys: Any) -> None:
