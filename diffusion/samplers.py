@@ -7,7 +7,7 @@ each step, so that progress bars, previews and stopping belong to the caller. x 
 
 and a chain starts from N(0, I), or from q(x_t | x_0) of an image. In these coordinates Euler's method on
 
-    d(x / sqrt(alpha_bar)) / d(sigma) = eps                         (Karras et al. 2022, equation 3)
+    d(x / sqrt(alpha_bar)) / d(sigma) = eps                         (Karras et al. 2022, equation 1)
 
 is DDIM with eta = 0 (Song et al. 2021, equation 13), and Euler ancestral is DDIM with eta = 1. The same
 formulas, which stay finite at infinite sigma; the names differ in the times that they usually visit.

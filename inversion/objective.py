@@ -110,4 +110,5 @@ def encode_prompts(model: Any, prompts: Sequence[str], concept: Concept | None) 
 
 
 def _rows(feature: Tensor, which: Tensor) -> Tensor:
-    return feature.index_select(0, which.to(feature.device))  # advanced indexing adds its gradients in any order
+    # advanced indexing adds its gradients in any order, on a CPU too
+    return feature.index_select(0, which.to(feature.device))

@@ -1,7 +1,7 @@
 """All that a training changes, as one value: each step makes the next state from the last.
 
 So an interruption at any moment, of any kind, leaves a state that is whole, and a training continued from it
-gives the numbers of an uninterrupted one bit for bit. The update is Adam's (Kingma & Ba 2015, algorithm 1),
+gives the numbers of an uninterrupted one, on a CPU bit for bit. The update is Adam's (Kingma & Ba 2015, algorithm 1),
 which is AdamW without weight decay: decay would pull the word's vectors towards zero, where no word lives.
 
     m ← β1 m + (1 - β1) g,    s ← β2 s + (1 - β2) g²,

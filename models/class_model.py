@@ -5,7 +5,7 @@ is added to the time's. So ∅ needs no row in the table of classes, and a file 
 network met ∅ in training or not. One that did not (guided-diffusion's own) has no prediction for it and cannot guide
 itself; a classifier can.
 
-Source: Dhariwal & Nichol 2021, section 3.1 and appendix K; openai/guided-diffusion @ 22e0df8, unet.py.
+Source: Dhariwal & Nichol 2021, section 3.1, and upsampling; openai/guided-diffusion @ 22e0df8, unet.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ for its time. As CLIP itself they were trained to put an image beside its own ca
 gradient of the similarity means something at every step of a chain.
 
 Parameter names are those of `clip_text_enc.pt` and `clip_image_enc.pt`.
-Source: Nichol et al. 2022 (GLIDE), sections 2.4 and 3.2; openai/glide-text2im @ 69b5307, clip/encoders.py.
+Source: Nichol et al. 2022 (GLIDE), sections 2.4 and 3.4; openai/glide-text2im @ 69b5307, clip/encoders.py.
 """
 
 import html

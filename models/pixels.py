@@ -3,7 +3,7 @@
 An upsampler is shown a small image, an inpainting network the part that it is to keep; both come in further input
 channels. What a network is told besides, a text or a class, is its own model's affair.
 
-Source: Nichol et al. 2022 (GLIDE); Dhariwal & Nichol 2021, appendix K (upsampling).
+Source: Nichol et al. 2022 (GLIDE); Dhariwal & Nichol 2021 (upsampling).
 """
 
 from dataclasses import dataclass

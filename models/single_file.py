@@ -64,7 +64,7 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
         tokenizer=ClipTokenizer.clip(text.length, presets.SD2_V.pad if family == "sd2" else None),
         schedule=dict(presets.SD_SCHEDULE),
         prediction=presets.known_prediction(says, str(path)),
-        resolution=768 if says == "v_prediction" else 512,
+        resolution=768 if family == "sd2" and says == "v_prediction" else 512,
         source=str(path),
     )
 

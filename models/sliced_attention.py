@@ -28,7 +28,8 @@ CPU_SLICE_BYTES, CPU_HEADS_BYTES, GPU_SLICE_BYTES = 8 * 2**20, 2 * 2**20, 64 * 2
 
 
 def slice_size(q: Tensor, k: Tensor, budget: int | None = None) -> tuple[int, int]:
-    """How many heads and how many query rows at a time keep the scores of a slice within `budget` bytes.
+    """How many heads and how many query rows at a time keep the scores of a slice within `budget` bytes,
+    in q's dtype (of float16, whose scores are in float32, twice as many).
 
     q: (B, H, N, d), k: (B, H, M, d). Rows come first: several heads only where all rows of each fit. At least one of
     each, whatever the budget. None: what suits the device.

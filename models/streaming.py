@@ -113,6 +113,8 @@ class CopyBeside:
             self.stream.wait_event(free)
             for source, target in zip(pinned, device):
                 target.copy_(source, non_blocking=True)
+                if target.is_cuda:
+                    target.record_stream(self.stream)      # a place that is given up is no one's before this is done
             self.sent[place] = self.stream.record_event()
         return self.sent[place]
 

@@ -18,6 +18,7 @@ from _runs import save_flags
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from inversion.training import step_generator
 from models import ModelError
 
 
@@ -129,11 +130,6 @@ def rate(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
 def run_steps(
     trainer: Trainer, checkpoint: Path, loss: Callable[[torch.Generator], Tensor], config: Any, save_every: int
 ) -> Iterator[tuple[int, float]]:
@@ -154,7 +150,7 @@ def run_steps(
 
     try:
         for step in bar:
-            value = trainer.update(loss(generator(config.seed, step)))
+            value = trainer.update(loss(step_generator(config.seed, step)))
             smooth = value if math.isnan(smooth) else 0.99 * smooth + 0.01 * value
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             yield trainer.step, smooth                  # what is done with it belongs into what is saved

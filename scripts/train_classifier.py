@@ -22,12 +22,13 @@ import torch
 from _classes import Classes, every_tenth, read_classes, varied
 from _command import run
 from _runs import new_folder, resumed, write_json
-from _training import Trainer, generator, require_sense, run_steps
+from _training import Trainer, require_sense, run_steps
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from diffusion import Schedule
+from inversion.training import step_generator
 from models import ModelError, load_classifier
 from models.class_file import write_classifier
 from models.classifier import Classifier, ClassifierConfig
@@ -99,7 +100,7 @@ def logits_at(network: Classifier, schedule: Schedule, images: Tensor, t: Tensor
 
 def answers(network: Classifier, schedule: Schedule, pictures: Classes, t: int) -> Tensor:
     """Logits (N, classes) of all pictures at one time; the noise is always the same."""
-    g = generator(2**30, t)
+    g = step_generator(2**30, t)
     batches = pictures.images.split(256)
     return torch.cat([logits_at(network, schedule, x, torch.full((len(x),), t), g) for x in batches])
 

@@ -38,7 +38,7 @@ import torch
 from _command import run
 from _pictures import read_told
 from _runs import new_folder, resumed
-from _training import Trainer, generator, require_sense, run_steps
+from _training import Trainer, require_sense, run_steps
 from _untrained import class_model, glide_model, latent_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import models
 from diffusion import Schedule, hybrid_loss, mse, target
+from inversion.training import step_generator
 from models import ClassModel, GlideModel, LatentModel, ModelError, Tokens
 from models.weights import write_safetensors
 
@@ -157,7 +158,7 @@ class Pictures:
     def fixed_loss(self, model: Model, schedule: Schedule) -> float:
         """The loss over 512 draws that are always the same; without captions, but with classes, which are known."""
         dropout = 0.0 if isinstance(model, ClassModel) else 1.0
-        losses = [self.loss(model, schedule, 64, generator(2**30, i), dropout) for i in range(8)]
+        losses = [self.loss(model, schedule, 64, step_generator(2**30, i), dropout) for i in range(8)]
         return torch.stack(losses).mean().item()
 
 

@@ -7,7 +7,7 @@
 Without a flag the embedded model learns "<poodle>", a word that it has never met, from the example images
 that come with it. The output folder gets the concept (a file of a few KB), metrics.json, loss.png, and
 comparison.png: the images, samples with the initial word, and samples with the learned word, over the same
-seeds. Ctrl-C saves before it leaves; `--resume FOLDER` continues with the same numbers, bit for bit.
+seeds. Ctrl-C saves before it leaves; `--resume FOLDER` continues with the same numbers, on a CPU bit for bit.
 """
 
 import dataclasses

@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from _command import run
 from _runs import new_folder, resumed, write_json
-from _training import Trainer, generator, require_sense, run_steps
+from _training import Trainer, require_sense, run_steps
 from torch import Tensor
 
 from inversion.images import read_folder
+from inversion.training import step_generator
 from models.errors import ModelError
 from models.vae import VAE, VAEConfig
 from models.weights import write_safetensors
@@ -118,7 +119,7 @@ def main(config: Config) -> None:
         pass
     vae.float()
     trainer.put(trainer.average)
-    standardise(vae, images[torch.randperm(len(images), generator=generator(config.seed, -1))[:2048]])
+    standardise(vae, images[torch.randperm(len(images), generator=step_generator(config.seed, -1))[:2048]])
     write_safetensors(config.output / "vae.safetensors", vae.state_dict())
     write_json(config.output / "config.json", asdict(vae.config))
     print(f"wrote {config.output}")

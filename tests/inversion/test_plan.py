@@ -18,6 +18,7 @@ from inversion.plan import HEAP, as_on, table
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
 from models.attend import attend
+from models.loading import EMBEDDED
 from models.mapped import Mapped
 from models.setting import place
 from models.streaming import CopyAtOnce, lent, parameters_of
@@ -345,8 +346,8 @@ def test_what_cannot_be_planned() -> None:
         plan(tiny_model(), 99_999_984)
     with pytest.raises(ModelError, match="float16 on a CPU"):
         plan(tiny_model(), device="cpu", settings=[replace(SIMPLE, dtype=torch.float16)])
-    with pytest.raises(ModelError, match="emoji_classes.* reads no text, and so no word can be taught"):
-        plan("emoji-classes")
+    with pytest.raises(ModelError, match=r"model\.safetensors is .* reads no text, and so no word can be taught"):
+        plan(EMBEDDED["emoji-classes"])
     with pytest.raises(InversionError, match="of no settings none is the fastest"):
         fastest([], GIB)
     assert replace(entry(1, 1), peak=2).peak == 2

@@ -505,6 +505,7 @@ class TestSingleFiles:
         assert_equal(again, model)
         assert (again.family, again.prediction) == (model.family, model.prediction)
         assert again.resolution == (512 if model.family == "sd1" else 768)
+        assert models.load(file, prediction="v_prediction").resolution == again.resolution     # of 1.x that is unusual
         assert again.tokenizer.pad == (49407 if model.family == "sd1" else 0)
         assert again.schedule == presets.SD_SCHEDULE
 
