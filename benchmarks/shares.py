@@ -41,7 +41,7 @@ WORKS = {
     Work("inversion_step", "bfloat16", 512): INVERSION,
 }
 NAMES = {  # parts of the names of torch's operators and of our autograd functions, in the order in which they are tried
-    "convolution": ("convolution", "conv2d"),
+    "convolution": ("conv",),
     "attention": ("attention", "bmm", "softmax", "logsumexp"),
     "linear": ("mm", "linear"),
     "norms": ("norm",),

@@ -92,8 +92,8 @@ class Concept:
         name = placeholder or next(iter(words))
         if name.split() != [name]:
             raise InversionError(
-                f"{path} calls its word {name!r}, which cannot stand in a prompt: give it another name, by "
-                "placeholder= or, on the command line, WORD=FILE"
+                f"the word of {path} would be called {name!r}, which cannot stand in a prompt: give it another name, "
+                "by placeholder= or, on the command line, WORD=FILE"
             )
         concept = cls(name, vectors, metadata)
         if width is not None:
@@ -110,9 +110,10 @@ class Concept:
             return
         theirs = FAMILIES.get(theirs, theirs) or FAMILY_OF_WIDTH.get(found, "another model")
         wanted = FAMILIES.get(family, family) or FAMILY_OF_WIDTH.get(width, "a model of another family")
+        has, needs = ("", "") if found == width else (f" and has vectors of width {found}", f" and needs {width}")
         raise InversionError(
-            f"{self.placeholder}{f' in {where}' if where else ''} has vectors of width {found} (learned with "
-            f"{theirs}), and this model needs {width} ({wanted}): use the family that it was learned with"
+            f"{self.placeholder}{f' in {where}' if where else ''} was learned with {theirs}{has}; this model is "
+            f"{wanted}{needs}: use the family that it was learned with"
         )
 
     def save(self, path: str | Path) -> None:

@@ -32,27 +32,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "validate_every",
-            "validation_pairs",
-            "checkpoint_every",
-        )
-        for name in (*whole, "warmup", "seed", *(() if self.patience is None else ("patience",))):
-            if type(getattr(self, name)) is not int:
-                raise InversionError(f"{name} must be a whole number, not {getattr(self, name)!r}")
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise InversionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        counts = "steps", "batch_size", "accumulation", "validate_every", "validation_pairs", "checkpoint_every"
+        least = dict.fromkeys(counts, 1) | {"warmup": 0, "seed": 0} | ({} if self.patience is None else {"patience": 1})
+        for name, minimum in least.items():
+            number = getattr(self, name)
+            if type(number) is not int:
+                raise InversionError(f"{name} must be a whole number, not {number!r}")
+            if number < minimum:
+                raise InversionError(f"{name} must be at least {minimum}, not {number}")
         for name in ("learning_rate", "clip_norm"):
             number = getattr(self, name)
             if type(number) not in (int, float) or not (math.isfinite(number) and number > 0):
                 raise InversionError(f"{name} must be a number above 0, not {number!r}")
-        if self.warmup < 0 or (self.patience is not None and self.patience < 1):
-            raise InversionError("warmup must not be negative, and patience must be at least 1")
-        if not 0 <= self.seed < 2**32:
+        if self.seed >= 2**32:
             raise InversionError(f"a seed lies between 0 and {2**32 - 1}, {self.seed} does not")
         if self.schedule not in ("constant", "cosine"):
             raise InversionError(

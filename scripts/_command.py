@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 
 REFUSED = 2
@@ -15,7 +16,8 @@ def run(main: Callable[..., None]) -> None:
 
     main: takes one dataclass, whose fields become the flags, or keyword arguments. The module's docstring
     and the dataclass's are the text of --help. Exit codes: 0; 2 after one sentence on stderr, for what the
-    four packages refuse and for files that cannot be read or written; 130 after Ctrl-C.
+    four packages refuse and for files that cannot be read or written; 130 after Ctrl-C. A warning is one
+    sentence, too.
     """
     import tyro
 
@@ -25,6 +27,7 @@ def run(main: Callable[..., None]) -> None:
     from inversion.exhaustion import is_out_of_memory
     from models.errors import ModelError
 
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     _refuse_repeats(sys.argv[1:])
     config, description = _config(main)
     arguments = tyro.cli(config, description=description) if config else None

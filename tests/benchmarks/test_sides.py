@@ -18,7 +18,7 @@ from diffusion import Schedule
 from inversion import Concept
 from inversion.objective import Batch, denoising_loss
 from models.glide_text import GlideTextConfig
-from models.layers import conv3x3
+from models.layers import Upsample, conv3x3
 from models.presets import COSINE, LINEAR, TINY, GlidePreset
 from models.sliced_attention import sliced_attention
 from models.unet import UNetConfig
@@ -118,6 +118,7 @@ def test_a_profile_knows_a_layer_by_what_it_computes() -> None:
         ("convolution", partial(nn.Conv2d(8, 8, 3), x)),
         ("convolution", partial(forward_and_back, conv3x3(64, 64), torch.randn(1, 64, 4, 4))),         # `unfolded`
         ("convolution", partial(forward_and_back, conv3x3(128, 128), torch.randn(1, 128, 32, 32))),    # `winograd`
+        ("convolution", partial(forward_and_back, Upsample(128), torch.randn(1, 128, 32, 32))),        # `doubled`
         ("linear", partial(nn.Conv2d(8, 8, 1), x)),
         ("norms", partial(nn.GroupNorm(4, 8), x)),
         ("attention", partial(sliced_attention, q, q, q)),

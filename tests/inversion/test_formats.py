@@ -68,9 +68,9 @@ def test_of_two_words_one_is_asked_for() -> None:
         (
             "sd2_width_1024.safetensors",
             768,
-            r"1024 \(learned with Stable Diffusion 2.*768 \(Stable Diffusion 1",
+            r"with Stable Diffusion 2.x and has vectors of width 1024; this model is .* 1.x and needs 768:",
         ),
-        ("diffusers.safetensors", 1024, r"768 \(learned with Stable Diffusion 1.*1024 \(Stable Diffusion 2"),
+        ("diffusers.safetensors", 1024, r"with Stable Diffusion 1.* 768; this model is .* 2.x and needs 1024:"),
         ("non_finite.safetensors", None, "empty or not finite"),
         ("git_lfs_pointer.safetensors", None, "git-lfs pointer.*git lfs pull"),
         ("truncated.safetensors", None, "damaged or cut short"),
@@ -91,15 +91,17 @@ def test_parameters_without_names_are_refused(params: object, tmp_path: Path) ->
 
 def test_a_file_whose_name_is_no_word_says_how_to_call_it(tmp_path: Path) -> None:
     save_file({"emb_params": torch.zeros(2, 4)}, tmp_path / "my dog.safetensors")
-    with pytest.raises(InversionError, match=r"my dog\.safetensors calls its word 'my dog'.*WORD=FILE"):
+    with pytest.raises(InversionError, match=r"of .*my dog\.safetensors would be called 'my dog'.*WORD=FILE"):
         Concept.load(tmp_path / "my dog.safetensors")
     assert Concept.load(tmp_path / "my dog.safetensors", placeholder="<dog>").placeholder == "<dog>"
 
 
 def test_the_family_that_a_file_names_wins_over_its_width(tmp_path: Path) -> None:
     Concept("<x>", torch.zeros(1, 160), {"family": "emoji"}).save(tmp_path / "x.safetensors")
-    with pytest.raises(InversionError, match=r"width 160 \(learned with emoji\).*768"):
+    with pytest.raises(InversionError, match=r"learned with emoji and has vectors of width 160;.*768"):
         Concept.load(tmp_path / "x.safetensors", width=768)
+    with pytest.raises(InversionError, match="was learned with emoji; this model is emoji-glide: use"):
+        Concept.load(tmp_path / "x.safetensors", width=160, family="emoji-glide")
 
 
 class Bomb:

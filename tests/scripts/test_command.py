@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,3 +111,9 @@ def test_help_is_the_docstrings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "every refusal is one sentence" in shown  # this module's docstring
     assert "Numbers to take." in shown
     assert "--words" in shown
+
+
+def test_a_warning_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)       # put back when this ends
+    started(monkeypatch)
+    assert warnings.formatwarning("two words", UserWarning, "file.py", 3) == "warning: two words\n"
