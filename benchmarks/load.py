@@ -34,12 +34,10 @@ from models.presets import SD1, Preset, untrained
 
 ALLOWED_GROWTH, ALLOWED_ERROR = 1.2, 1e-4
 DTYPES = "float32", "bfloat16"
-FIRST = [Work("load", dtype, 512) for dtype in DTYPES]          # measured several times
-WORKS = [
-    *FIRST,
-    *(Work("load", dtype, 512, "low_memory") for dtype in DTYPES),
-    *(Work("load_all", dtype, 512) for dtype in DTYPES),
-]
+WORKS = {                                                       # and how many times each is measured
+    **{Work("load", dtype, 512, mode): 3 for mode in ("plain", "low_memory") for dtype in DTYPES},
+    **{Work("load_all", dtype, 512): 1 for dtype in DTYPES},
+}
 THRIFTY = {"offload": "stream", "checkpointing": "blocks"}
 
 
@@ -122,10 +120,11 @@ def measure() -> Iterator[dict[str, Any]]:
         ours = Side(imports, partial(start_ours, folder=folder))
         peer = Side(peer_imports, partial(start_peer, folder=folder))
         writer = Side(partial(write, folder=folder), peer.start)
-        with Sides([Process("writing the folder", writer, WORKS[0])]) as (process,):
-            process.ask("start", WORKS[0])      # answered once it has written
-        for work in WORKS:
-            row = compare_cold(work, ours, peer, rounds=3 if work in FIRST else 1)
+        first, *_ = WORKS
+        with Sides([Process("writing the folder", writer, first)]) as (process,):
+            process.ask("start", first)         # answered once it has written
+        for work, rounds in WORKS.items():
+            row = compare_cold(work, ours, peer, rounds)
             yield row
             check_growth(row)
         check_step(folder)
