@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -206,7 +207,7 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
         raise GuidanceError(f"a generator is a seed, a seed a prompt, or a torch.Generator, not {generator!r}")
     if isinstance(generator, int | Sequence):
         seeds = [generator + i for i in range(count)] if isinstance(generator, int) else list(generator)
-        if not all(isinstance(seed, int) for seed in seeds):
+        if not all(isinstance(seed, Integral) for seed in seeds):
             raise GuidanceError(f"seeds are whole numbers, not {generator!r}")
         if len(seeds) != count:
             raise GuidanceError(f"{len(seeds)} seeds for {count} images: give one, or as many")
@@ -216,7 +217,7 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
         if generator is not None and generator.device.type != "cpu":
             raise GuidanceError("noise is drawn on the CPU, for every device alike: give a CPU generator")
         seeds = [torch.randint(2**63 - 1, (), generator=generator).item() for _ in range(count)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 def require_concepts(concepts: Sequence[Concept]) -> None:

@@ -108,12 +108,13 @@ def _decode(file: Path) -> "Image":
     if image.mode == "F":
         raise InversionError(f"{file} holds floating-point pixels, of unknown white: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
-        low, high = image.getextrema()
+        pixels = np.asarray(image).astype(np.float64)
+        low, high = pixels.min(), pixels.max()
         if low < 0 or high > 65535:
-            raise InversionError(f"{file} holds pixels of {low} to {high}, of unknown white: save it with 8 or 16 bits")
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8)
-        )
+            raise InversionError(
+                f"{file} holds pixels of {low:.0f} to {high:.0f}, of unknown white: save it with 8 or 16 bits"
+            )
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -92,8 +92,9 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert colour(read_folder(tmp_path, 32), 5, 5) == (255, 255, 255)
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.full((32, 32), 0x4040, dtype=np.uint16)).save(tmp_path / "a.png")
+@pytest.mark.parametrize(("dtype", "suffix"), [("<u2", "png"), ("<u2", "tiff"), (">u2", "tiff"), ("<i4", "tiff")])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, dtype: str, suffix: str) -> None:
+    Image.fromarray(np.full((32, 32), 0x4040, dtype)).save(tmp_path / f"a.{suffix}")
     assert colour(read_folder(tmp_path, 32), 5, 5) == (0x40, 0x40, 0x40)
 
 

@@ -1,5 +1,7 @@
 """Maps in bands of rows: what the layers give one after the other, for bands of any height."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,11 +30,15 @@ def layers(dtype: torch.dtype = torch.float64, out: int = 16) -> tuple[nn.Module
 
 
 @pytest.fixture(params=[1, 8, 10, 13])
-def banded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is large, in bands of so many rows of the map above, or of the multiple of four below that."""
+def banded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything is large, in bands of so many rows of the map above, or of the multiple of four below that, and no
+    gradient is wanted.
+    """
     row = a_map().nbytes // HEIGHT
     monkeypatch.setattr(bands, "BAND_BYTES", request.param * row)
     monkeypatch.setattr(bands, "is_large", lambda x: True)
+    with torch.no_grad():
+        yield
 
 
 # float64 rounds at 2e-16; each number is a sum of some 300
@@ -78,6 +84,7 @@ class TestBands:
         for a, b in zip(ours, (vae.decode(latents), vae.encode(images))):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)       # some twenty such layers
 
+    @torch.enable_grad()
     def test_a_gradient_goes_through_whole_maps(self) -> None:
         (norm, conv), x = layers(), a_map().requires_grad_()
         (found,) = torch.autograd.grad(norm_conv(norm, conv, x).sum(), x)
@@ -85,6 +92,7 @@ class TestBands:
         torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), x)[0], **CLOSE)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("rows", "tiled"), [(4, 12), (6, 12), (8, 8)])
 def test_winograds_convolution_in_bands(rows: int, tiled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32; thirteen rows leave one that is no tile, or five, for a plain convolution."""
@@ -105,6 +113,7 @@ def test_winograds_convolution_in_bands(rows: int, tiled: int, monkeypatch: pyte
     assert torch.equal(norm_conv(norm, conv, x, in_place=True), found)
 
 
+@torch.no_grad()
 def test_in_bfloat16_the_kernels_of_a_doubling_are_summed_before_they_are_rounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
