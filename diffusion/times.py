@@ -137,8 +137,8 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
     if sampler == "dpmpp_2m_karras":
         return karras(schedule, n)
     if sampler == "dpmpp_2m":
-        if n == steps:
-            raise DiffusionError(f"dpmpp_2m takes {steps} steps of {steps} times at the most {steps - 1}")
+        if not 1 <= n < steps:
+            raise DiffusionError(f"{n} steps do not fit dpmpp_2m: of {steps} times it takes between 1 and {steps - 1}")
         times = linspace(steps, n + 1)
         return schedule.levels([*times[:-2], times[-1]])
     if sampler in ("euler", "euler_ancestral"):

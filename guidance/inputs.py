@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,9 +28,12 @@ def prompts(
     if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
         raise GuidanceError(f"prompts are texts; got {prompts!r}")
     prompts, negative = list(prompts), "" if negative is None else negative
-    if not isinstance(negative, Sequence) or not all(isinstance(each, str) for each in negative):
+    try:
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    except TypeError:
+        negatives = [negative]
+    if not all(isinstance(each, str) for each in negatives):
         raise GuidanceError(f"negative prompts are texts; got {negative!r}")
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
         raise GuidanceError("there is no prompt: give at least one, the empty one if need be")
     if len(negatives) != len(prompts):
@@ -42,11 +45,11 @@ def prompts(
 
 def require_kinds(strength: float, guidance: Any, progress: Any) -> None:
     """Raise GuidanceError for a strength that is no number, and what should be called and cannot be."""
-    if not isinstance(strength, (int, float)):
+    if not isinstance(strength, Real):
         raise GuidanceError(f"a strength is a number above 0, at most 1, not {strength!r}")
     if guidance is not None and not callable(guidance):
         raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {guidance!r}")
-    if not isinstance(progress, bool) and not callable(progress):
+    if progress and progress is not True and not callable(progress):
         raise GuidanceError(f"progress is True, False, or a function of the steps done and in all, not {progress!r}")
 
 
@@ -220,12 +223,14 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def require_concepts(concepts: Sequence[Concept]) -> None:
-    """Raise GuidanceError for what is no list of learned words."""
+def listed(concepts: Iterable[Concept]) -> list[Concept]:
+    """The learned words. Raises GuidanceError for what is no list of them."""
     if hasattr(concepts, "placeholder"):
         raise GuidanceError("concepts is a list of learned words: put this one in brackets")
-    if not isinstance(concepts, Sequence) or not all(hasattr(each, "vectors") for each in concepts):
+    found = list(concepts) if isinstance(concepts, Iterable) else [concepts]
+    if not all(hasattr(each, "vectors") for each in found):
         raise GuidanceError(f"concepts is a list of learned words, each an inversion.Concept, not {concepts!r}")
+    return found
 
 
 def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:

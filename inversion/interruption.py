@@ -13,14 +13,15 @@ def unbroken() -> Iterator[None]:
 
     Only the main thread is ever interrupted, so in another nothing changes.
     """
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:     # or it is not Python's to know
         yield
         return
     came: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    signal.signal(signal.SIGINT, lambda *what: came.append(what))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    if came and callable(before):
-        before(*came[0])
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)

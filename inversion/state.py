@@ -127,4 +127,8 @@ class State:
             type(getattr(self, field.name)) is type(getattr(fresh, field.name))
             for field in fields(self) if field.name != "scale"
         )  # fmt: skip
-        return numbers and counted and bool(self.vectors.isfinite().all()) and len(self.losses) == self.step
+        if not (numbers and counted and type(self.scale) in (float, type(None))):
+            return False
+        finite = all(bool(x.isfinite().all()) for x in tensors) and bool((self.square >= 0).all())
+        in_order = 0 <= self.updates <= self.step == len(self.losses)
+        return finite and in_order and all(isinstance(row, dict) for row in self.history)

@@ -144,6 +144,9 @@ class Window:
         self.tickets: list[Any] = [None] * PLACES
         self.last = -1                                           # the layer that was taken last
 
+    def __copy__(self) -> "Window":
+        return self                         # what shares the places has to know what lies in them
+
     def __getstate__(self) -> dict[str, Any]:
         nothing = [None] * PLACES           # what is on its way stays with this window; a copy of it fetches its own
         return vars(self) | {"held": nothing, "tickets": list(nothing)}

@@ -52,7 +52,7 @@ def resumed(folder: Path, config: Any, may_differ: Sequence[str] = ()) -> Any:
         raise InversionError(f"{folder / FLAGS} holds no flags of a run")
     hints = typing.get_type_hints(type(config))
     if missing := [key for key in hints if key not in saved and key != "resume"]:
-        raise InversionError(f"{folder / FLAGS} is damaged: it lacks {', '.join(missing)}")
+        raise InversionError(f"{folder / FLAGS} is damaged, or of another version: it lacks {', '.join(missing)}")
     saved = {key: _as(hints[key], value) for key, value in saved.items() if key in hints}
     for key, value in saved.items():
         if not _fits(hints[key], value):

@@ -81,8 +81,8 @@ def read_concepts(files: tuple[str, ...], model: Model, texts: tuple[str, ...]) 
     for word in known:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                            # of what is cut off drawing warns, too
-            ids = model.tokenizer.encode(texts, {word: 1}).ids
-        if not (ids >= model.tokenizer.vocab_size).any():
+            tokens = model.tokenizer.encode(texts, {word: 1})
+        if not ((tokens.ids >= model.tokenizer.vocab_size).any() or any(word in cut for cut in tokens.cut)):
             raise GuidanceError(f"no prompt has the learned word {word}: write it into one")
     unknown = {word for text in texts for word in re.findall(r"<[^<>\s]+>", text)} - known
     if unknown:

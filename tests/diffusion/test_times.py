@@ -136,7 +136,8 @@ def test_a_schedule_of_one_time() -> None:
         (lambda: from_strength([1.0, -1.0], 0.5), "leaves none of 1 steps: take at least 2"),
         (lambda: default_levels(Schedule("linear"), "heun", 5), "no sampler is called 'heun'; there are ddpm"),
         (lambda: karras(Schedule("linear", zero_terminal_snr=True), 5), "finite largest sigma"),
-        (lambda: default_levels(Schedule("linear"), "dpmpp_2m", 1000), "of 1000 times at the most 999"),
+        (lambda: default_levels(Schedule("linear"), "dpmpp_2m", 1000), "1000 steps do not fit dpmpp_2m.* 1 and 999"),
+        (lambda: default_levels(Schedule("linear"), "dpmpp_2m", 0), "0 steps do not fit dpmpp_2m"),
     ],
 )
 def test_refused(make: object, sentence: str) -> None:

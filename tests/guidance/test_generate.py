@@ -161,6 +161,8 @@ def test_a_seed_for_each_image() -> None:
     torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-6)
     nine = generate(Model(0.5), "0.1", generator=9, **options)[0]
     torch.testing.assert_close(images[1], nine, rtol=0, atol=1e-6)
+    usual = {"strength": None, "progress": None, "concepts": {}.values(), "negative": np.array(["0"] * 3)}
+    assert torch.equal(generate(Model(0.5), ["0.1"] * 3, generator=[4, 9, 4], **options | usual), images)
     of_numpy = generate(Model(0.5), ["0.1"] * 3, generator=list(np.array([4, 9, 4])), **options)
     assert torch.equal(of_numpy, images)
 

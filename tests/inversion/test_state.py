@@ -104,6 +104,8 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     [
         {"vectors": torch.zeros(2, 4)}, {"vectors": "x"}, {"mean": None}, {"best": torch.zeros(1, 4).double()},
         {"vectors": torch.full((1, 4), torch.nan)}, {"step": "3"}, {"step": 3}, {"losses": [1.0]}, {"more": 1},
+        {"mean": torch.full((1, 4), torch.nan)}, {"square": torch.full((1, 4), -1.0)}, {"updates": 1}, {"scale": "a"},
+        {"history": (1,)},
     ],
 )  # fmt: skip
 def test_a_state_that_cannot_be(tmp_path: Path, wrong: dict[str, Any]) -> None:

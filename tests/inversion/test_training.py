@@ -2,6 +2,8 @@
 
 import hashlib
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -311,6 +313,16 @@ def test_ctrl_c_while_the_state_is_written(tmp_path: Path, when: str, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "x.training.pt"]
     again = learn(Sum(), replace(FAST, checkpoint_every=5), file=file, resume=True)
     same(whole, again)
+
+
+def test_ctrl_c_that_ends_the_process_waits_too() -> None:
+    """As programs with windows set it."""
+    code = (
+        "import signal; from inversion.interruption import unbroken; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "with unbroken(): signal.raise_signal(signal.SIGINT); print('written', flush=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "written\n")
 
 
 def test_killed_within_a_step_it_resumes_bit_for_bit(tmp_path: Path) -> None:

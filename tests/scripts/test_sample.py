@@ -119,6 +119,7 @@ def test_a_word_that_nobody_learned_is_pointed_out(folder: Path, script: ModuleT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         script.read_concepts(concepts, tiny_model(), ("a <new>", "1 < 2 and 3 > 2"))
+        script.read_concepts(concepts, tiny_model(), (90 * "very " + "<new>",))      # drawing says that it is cut off
 
 
 def test_a_word_can_be_renamed_and_chosen_among_several(script: ModuleType, tmp_path: Path) -> None:
