@@ -505,7 +505,7 @@ def test_cuda_copies_wait_for_what_still_reads_the_place(monkeypatch: pytest.Mon
     other = copy.deepcopy(window)                                     # with a thread and pinned memory of its own
     assert all(torch.equal(w, p.double()) for w, p in zip(other.take(2), parameters_of(other.layers[2])))
     assert other.copier.thread is not window.copier.thread
-    assert copy.copy(window) is window                                # of what shares its places it knows what lies there
+    assert copy.copy(window) is window                # what shares its places has to know what lies there
 
 
 # --- what is refused
