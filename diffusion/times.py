@@ -13,6 +13,7 @@ with each sampler.
 
 import bisect
 import math
+from numbers import Real
 
 from diffusion.errors import DiffusionError
 from diffusion.samplers import SAMPLERS
@@ -87,12 +88,12 @@ def respaced(spec: str, steps: int = 1000) -> list[float]:
 def from_strength(times: list[float], strength: float) -> list[float]:
     """The last int(n · strength) steps of a list, where image-to-image starts (as diffusers counts them).
 
-    times: n + 1 entries. strength: above 0, at most 1 (all of them). Raises DiffusionError outside, or if
+    times: n + 1 entries. strength: above 0, at most 1 (all of them). Raises DiffusionError for any other, or if
     no step is left. Also takes a list of levels.
     """
     n = len(times) - 1
-    if not 0 < strength <= 1:
-        raise DiffusionError(f"a strength lies above 0 and at most at 1, not at {strength:g}")
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise DiffusionError(f"a strength is a number above 0 and at most 1, not {strength!r}")
     kept = min(int(n * strength), n)
     if kept == 0:
         raise DiffusionError(

@@ -81,7 +81,7 @@ def generate(
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
     concepts = inputs.listed(concepts)
-    inputs.require_kinds(0.8 if image is None else strength, guidance, progress)
+    inputs.require_kinds(guidance, progress)
     if getattr(model, "factor", 1) > 1:
         (prompts, negatives), concepts = (inputs.in_plain_words(each, concepts) for each in (prompts, negatives)), ()
     inputs.require_sizes(height=height, width=width)

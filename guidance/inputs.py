@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,10 +43,8 @@ def prompts(
     return prompts, negatives
 
 
-def require_kinds(strength: float, guidance: Any, progress: Any) -> None:
-    """Raise GuidanceError for a strength that is no number, and what should be called and cannot be."""
-    if not isinstance(strength, Real):
-        raise GuidanceError(f"a strength is a number above 0, at most 1, not {strength!r}")
+def require_kinds(guidance: Any, progress: Any) -> None:
+    """Raise GuidanceError for what should be called and cannot be."""
     if guidance is not None and not callable(guidance):
         raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {guidance!r}")
     if progress and progress is not True and not callable(progress):

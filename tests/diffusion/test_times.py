@@ -132,7 +132,7 @@ def test_a_schedule_of_one_time() -> None:
         (lambda: respaced("ddim999"), "gives exactly 999"),
         (lambda: respaced("300,2,2,2"), "250 times cannot give 300 steps"),
         (lambda: respaced("0"), "cannot give 0 steps"),
-        (lambda: from_strength([1.0, -1.0], 1.5), "not at 1.5"),
+        (lambda: from_strength([1.0, -1.0], 1.5), "a number above 0 and at most 1, not 1.5"),
         (lambda: from_strength([1.0, -1.0], 0.5), "leaves none of 1 steps: take at least 2"),
         (lambda: default_levels(Schedule("linear"), "heun", 5), "no sampler is called 'heun'; there are ddpm"),
         (lambda: karras(Schedule("linear", zero_terminal_snr=True), 5), "finite largest sigma"),

@@ -264,7 +264,6 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
         ({"batch_size": None}, "batch_size is a whole number, not None"),
         ({"guidance": 5}, "is one of guidance.classifier or the like, not 5"),
         ({"progress": 5}, "progress is True, False, or a function .* not 5"),
-        ({"strength": "a", "image": torch.zeros(3, 16, 16)}, "a strength is a number above 0, at most 1, not 'a'"),
         ({"negative": 3}, "negative prompts are texts; got 3"),
         ({"negative": [3]}, r"negative prompts are texts; got \[3\]"),
         ({"concepts": None}, "a list of learned words, each an inversion.Concept, not None"),
@@ -302,7 +301,8 @@ def test_refused(options: dict, sentence: str) -> None:
             {"steps": 2, "image": torch.zeros(3, 16, 16), "strength": 0.4},
             "leaves none of 2 steps: take at least 3",
         ),
-        ({"image": torch.zeros(3, 16, 16), "strength": 1.4}, "not at 1.4"),
+        ({"image": torch.zeros(3, 16, 16), "strength": 1.4}, "a number above 0 and at most 1, not 1.4"),
+        ({"image": torch.zeros(3, 16, 16), "strength": "a"}, "a number above 0 and at most 1, not 'a'"),
         (
             {"schedule": {"name": "scaled_linear", "zero_terminal_snr": True}, "prediction": "epsilon"},
             "needs a network that predicts v",
