@@ -99,7 +99,7 @@ def test_large_variance_is_exact_for_unit_gaussians(zero: bool) -> None:
 
     for level, lower in zip(levels[:-2], levels[1:-1]):
         total = step(1, 0, "large", level, lower) ** 2 + step(0, 1, "large", level, lower) ** 2
-        assert total == pytest.approx(1, abs=1e-12)
+        assert total == pytest.approx(1, abs=1e-12)   # float64
         assert step(0, 1, "small", level, lower) < step(0, 1, "large", level, lower)
 
 
@@ -115,7 +115,7 @@ def test_small_variance_is_exact_for_one_point() -> None:
         )
         drawn = ddpm_step(0 * one, prediction[0], level, lower, one).item() - at_zero
         variance = (at_one - at_zero) ** 2 * variance + drawn**2
-        assert variance == pytest.approx(1 - lower.alpha_bar, abs=1e-12)
+        assert variance == pytest.approx(1 - lower.alpha_bar, abs=1e-12)    # float64, through 9 steps
 
 
 def test_ddpm_small_is_ddim_with_eta_one() -> None:
@@ -174,6 +174,7 @@ def test_a_guide_shifts_the_ancestral_mean(variance: str) -> None:
         for g, n in ((None, 0), (None, 1), (guide, 0))
     ]
     shift, deviation = step[2] - step[0], (step[1] - step[0]) / z
+    # float64; both are differences of numbers near 1, and a deviation is 1e-2 or more
     torch.testing.assert_close(shift, deviation**2 * guide, rtol=1e-9, atol=1e-12)
 
 
@@ -190,14 +191,14 @@ def test_the_last_learned_variance_is_that_of_the_step_before() -> None:
     shift, guide = guide, None
     plain = last(ddpm(denoise, x, levels, variance="learned", generator=two))
     expected = posterior_variance(levels[0].alpha_bar, levels[1].alpha_bar) * shift
-    torch.testing.assert_close(carried - plain, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(carried - plain, expected, rtol=1e-9, atol=1e-12)    # float64 differences, as above
 
 
 def test_the_solver_without_a_past_is_ddim() -> None:
     level, lower, (x, guide) = SD.level(500), SD.level(400), noise(2, 2, 1, 4, 4)
     prediction = replace(curved(x, level), guide=guide)
     ours, expected = (step(x, prediction, level, lower) for step in (dpmpp_2m_step, ddim_step))
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)   # float64, one step in two forms
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
@@ -256,7 +257,7 @@ def test_image_of_a_batch_is_the_image_alone(sampler: str) -> None:
 
     together = last(SAMPLERS[sampler](curved, x, levels, generator=generators([7, 8, 9])))
     alone = last(SAMPLERS[sampler](curved, x[1:2], levels, generator=generators([8])))
-    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-12)     # float64 in vectors of another length
 
 
 def test_draws_do_not_depend_on_the_dtype_of_x() -> None:
@@ -303,6 +304,7 @@ def test_terminal_zero_repeats_time_zero() -> None:
     """diffusers' DDIM without an offset ends with a step from time 0 to alpha_bar_0, which changes
     nothing."""
     level, x = SD.level(0), noise()
+    # float64: x_0 is x over sqrt(alpha_bar), and comes back
     torch.testing.assert_close(ddim_step(x, curved(x, level), level, level), x, rtol=0, atol=1e-12)
     for sampler in DETERMINISTIC:
         a, b = (last(sampler(curved, x, SD.levels(times))) for times in ([400, 200, 0, 0], [400, 200, 0]))

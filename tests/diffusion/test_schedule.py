@@ -32,7 +32,7 @@ def test_published_values(name: str, first: float, last: float, alpha_bar_last: 
 
 
 def test_sigma_max_of_stable_diffusion() -> None:
-    assert Schedule("scaled_linear").level(999).sigma == pytest.approx(14.6146, abs=1e-4)
+    assert Schedule("scaled_linear").level(999).sigma == pytest.approx(14.6146, abs=1e-4)   # as published
 
 
 def test_linear_keeps_its_end_at_other_lengths() -> None:

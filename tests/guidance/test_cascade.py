@@ -131,7 +131,7 @@ def test_the_upsampler_sees_eight_bits_of_the_drawing() -> None:
     model, small = tiny_glide(factor=4), picture(16)[None]
     rounded = (small * 127.5 + 127.5).round() / 127.5 - 1
     given = [model.given((64, 64), image, None, None).images for image in (small, rounded)]
-    torch.testing.assert_close(*given, rtol=0, atol=1e-6)
+    torch.testing.assert_close(*given, rtol=0, atol=1e-6)        # float32 of numbers up to 1
     assert (given[0] - torch.nn.functional.interpolate(small, (64, 64), mode="bilinear")).abs().max() > 1e-3
 
 
@@ -240,7 +240,7 @@ def test_keeping_is_consistent_in_eps() -> None:
     x_t, image, mask = picture(4)[None], picture(4, 1)[None], torch.ones(1, 1, 4, 4)
     level = Level(500.0, 0.3)
     kept = keeping(lambda x, level: Prediction.from_eps(x, 0 * x, level.alpha_bar), image, mask)(x_t, level)
-    torch.testing.assert_close(0.3**0.5 * kept.x0 + 0.7**0.5 * kept.eps, x_t, rtol=0, atol=1e-6)
+    torch.testing.assert_close(0.3**0.5 * kept.x0 + 0.7**0.5 * kept.eps, x_t, rtol=0, atol=1e-6)   # float32
 
 
 class TestGradient:
@@ -254,7 +254,7 @@ class TestGradient:
 
         with torch.no_grad():
             gradient = gradient_of(log_probability, 3.0)(x, Level(17.0, 0.9))
-        torch.testing.assert_close(gradient, 3.0 * (y - x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradient, 3.0 * (y - x), rtol=0, atol=1e-6)        # float32, up to 6
         assert seen == [[17]]
 
     def test_it_is_the_same_in_inference_mode(self) -> None:
@@ -284,7 +284,7 @@ class TestGradient:
         options = {"steps": 3, "generator": 0}
         drawn = generate(tiny_glide(), "a dog", guidance=still, **options)
         plain = generate(tiny_glide(), "a dog", **options)
-        torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-6)
+        torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-6)      # float32: 0 is added
 
     def test_clip_s_gradient_raises_the_similarity(self) -> None:
         torch.manual_seed(0)

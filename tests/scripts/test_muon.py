@@ -56,7 +56,7 @@ def test_weights_decay_apart_from_the_gradient(muon: ModuleType) -> None:
     weight, still = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3, 4))
     weight.grad = torch.zeros(3, 4)
     muon.Muon([weight, still], lr=0.1, weight_decay=0.5).step()
-    torch.testing.assert_close(weight.detach(), torch.full((3, 4), 0.95), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight.detach(), torch.full((3, 4), 0.95), rtol=1e-6, atol=0)     # float32
     assert torch.equal(still.detach(), torch.ones(3, 4))     # no gradient, no step
 
 
@@ -72,4 +72,4 @@ def test_the_momentum_is_a_moving_average_looked_at_ahead(muon: ModuleType) -> N
     optimizer.step()
     ahead = 0.1 * second + 0.9 * mean
     step = 0.99 * before - 0.2 * 3**0.5 * muon.orthogonalised(ahead[None])[0]
-    torch.testing.assert_close(weight.detach(), step, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weight.detach(), step, rtol=1e-4, atol=1e-6)  # float32, orthogonalised in five products
