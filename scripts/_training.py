@@ -25,6 +25,7 @@ from models import ModelError
 class Trainer:
     """AdamW on float32 master weights of networks that compute in another dtype, with their moving average.
 
+    networks: float32, of which the masters are taken; they are then cast to dtype.
     best: the lowest held-out loss so far; the caller's, kept with the rest.
     muon: which weights, by their names, are Muon's instead (see `_muon`): the matrices of hidden layers.
     Learning rate: linear warm-up, then half a cosine to zero. The average's decay starts low, (1 + k) / (10 + k),
@@ -33,12 +34,14 @@ class Trainer:
 
     def __init__(
         self, networks: dict[str, nn.Module], lr: float, steps: int, warmup: int, decay: float,
-        muon: Callable[[str, Tensor], bool] = lambda name, weight: False,
+        dtype: torch.dtype = torch.float32, muon: Callable[[str, Tensor], bool] = lambda name, weight: False,
     ) -> None:  # fmt: skip
         named = [(f"{key}.{n}", p) for key, net in networks.items() for n, p in net.named_parameters()]
         self.names, self.weights = [n for n, _ in named], [p for _, p in named]
         self.master = [p.detach().float().clone().requires_grad_() for p in self.weights]
         self.average = [p.detach().clone() for p in self.master]
+        for network in networks.values():
+            network.to(dtype)
         hidden = [muon(name, weight) for name, weight in zip(self.names, self.weights)]
         of = {kind: [p for p, is_hidden in zip(self.master, hidden) if is_hidden == kind] for kind in (False, True)}
         self.optimizers = [torch.optim.AdamW(of[False], lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]

@@ -157,7 +157,7 @@ def main(config: Config) -> None:
         every, read_classes(config.held_out, config.size, every.names)
     )  # fmt: skip
     network, schedule, dtype = untrained(config, every), Schedule(config.schedule), getattr(torch, config.dtype)
-    trainer = Trainer({"classifier": network.to(dtype)}, config.learning_rate, config.steps, 100, 0.995)
+    trainer = Trainer({"classifier": network}, config.learning_rate, config.steps, 100, 0.995, dtype)
     checkpoint, file = config.output / "training.pt", config.output / "classifier.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)

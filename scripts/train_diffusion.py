@@ -273,9 +273,9 @@ def main(config: Config) -> None:
     if config.told == "captions" and not checkpoint.exists():
         teach_text(model, pictures.captions, pictures.moments[:, : shape[0]], config)
     dtype = getattr(torch, config.dtype)
-    trained = {name: network.to(dtype).train() for name, network in networks(model).items()}
+    trained = {name: network.train() for name, network in networks(model).items()}
     decay = max(0.9, 1 - 6 / config.steps)           # the average remembers a sixth of the training: 0.9995 of 12000
-    trainer = Trainer(trained, config.learning_rate, config.steps, 200, decay, muon=is_hidden_matrix)
+    trainer = Trainer(trained, config.learning_rate, config.steps, 200, decay, dtype, is_hidden_matrix)
     if checkpoint.exists():
         trainer.load(checkpoint)
 

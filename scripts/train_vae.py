@@ -104,7 +104,7 @@ def main(config: Config) -> None:
         k: getattr(config, k) for k in ("latent_channels", "channels", "channel_mult", "num_res_blocks", "norm_groups")
     }
     vae, dtype = VAE(VAEConfig(**shape, scale=1.0)), getattr(torch, config.dtype)
-    trainer = Trainer({"vae": vae.to(dtype)}, config.learning_rate, config.steps, warmup=100, decay=0.999)
+    trainer = Trainer({"vae": vae}, config.learning_rate, config.steps, warmup=100, decay=0.999, dtype=dtype)
     checkpoint = config.output / "training.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)

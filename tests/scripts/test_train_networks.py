@@ -101,6 +101,15 @@ def test_an_interrupted_autoencoder_resumes_bit_for_bit(
     assert (vae / "config.json").read_text() == (tmp_path / "vae" / "config.json").read_text()
 
 
+def test_masters_are_the_weights_as_they_were_before_they_were_rounded() -> None:
+    layer = torch.nn.Linear(3, 5)
+    exact = [p.detach().clone() for p in layer.parameters()]
+    trainer = script("_training").Trainer({"layer": layer}, 1e-3, 10, 1, 0.9, torch.bfloat16)
+    for known in (trainer.master, trainer.average):
+        assert all(torch.equal(mine, weight) for mine, weight in zip(known, exact))
+    assert all(torch.equal(p, weight.bfloat16()) for p, weight in zip(layer.parameters(), exact))
+
+
 def test_latents_are_standardised_and_decoding_does_not_notice(data: Path) -> None:
     module, images = script("train_vae"), script("_pictures").read_captioned(data)[0].double()
     torch.manual_seed(0)
