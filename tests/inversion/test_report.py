@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image
 
-from inversion.report import comparison, sheet
+from inversion.report import comparison, loss_curve, sheet
 
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))
 
@@ -37,3 +38,14 @@ def test_a_comparison_holds_a_row_under_another(tmp_path: Path) -> None:
     heights = [y for _, y in places(tmp_path / "comparison.png")]
     assert heights == sorted(heights)
     assert heights[1] - heights[0] > 0.2
+
+
+def test_what_stands_between_dollars_is_no_formula(tmp_path: Path) -> None:
+    """As one, these words would be an error of matplotlib's, after the training."""
+    words, images = "a $5_{ dog for $6", torch.zeros(2, 3, 8, 8)
+    row = {"step": 0, "loss": None, "validation_loss": 1.0, "norms": [1.0], "cosines": [1.0]}
+    comparison(tmp_path / "comparison.png", [(words, images)] * 2, [words] * 2)
+    sheet(tmp_path / "sheet.png", images, [words] * 2)
+    loss_curve(tmp_path / "loss.png", [row], (words, 0.5))
+    assert {file.name for file in tmp_path.iterdir()} == {"comparison.png", "sheet.png", "loss.png"}
+    assert matplotlib.rcParams["text.parse_math"]                       # others' figures are as they were
