@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import io
 import sys
 import typing
 import warnings
@@ -17,7 +18,7 @@ def run(main: Callable[..., None]) -> None:
     main: takes one dataclass, whose fields become the flags, or keyword arguments. The module's docstring
     and the dataclass's are the text of --help. Exit codes: 0; 2 after one sentence on stderr, for what the
     four packages refuse and for files that cannot be read or written; 130 after Ctrl-C. A warning is one
-    sentence, too.
+    sentence, too. A prompt in letters that a terminal or a log cannot hold is written in escapes, and ends nothing.
     """
     import tyro
 
@@ -28,6 +29,8 @@ def run(main: Callable[..., None]) -> None:
     from models.errors import ModelError
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     _refuse_repeats(sys.argv[1:])
     config, description = _config(main)
     arguments = tyro.cli(config, description=description) if config else None

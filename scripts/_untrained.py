@@ -20,7 +20,7 @@ from models.vae import VAE, VAEConfig
 
 def load_vae(folder: Path) -> VAE:
     """The autoencoder that train_vae.py left in its output folder."""
-    described = json.loads((folder / "config.json").read_text())
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vae = VAE(VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])}))
     vae.load_state_dict(load_file(folder / "vae.safetensors"))
     return vae.eval().requires_grad_(False)

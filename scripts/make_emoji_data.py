@@ -102,7 +102,7 @@ def pictures(config: Config) -> Iterator[tuple[str, str, dict, Path]]:
     """(style, name, entry, file) of every picture, variations of skin colour included."""
     for vendor, style in STYLES.items():
         package = config.packages / f"emoji-datasource-{vendor}"
-        for entry in json.loads((package / "emoji.json").read_text()):
+        for entry in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
             name = re.sub(r"[^a-z0-9' -]+", " ", entry["name"].lower().replace("’", "'")).strip()
             for variant in [entry, *entry.get("skin_variations", {}).values()]:
                 file = package / "img" / vendor / "64" / variant["image"]
@@ -118,7 +118,7 @@ def over_white(file: Path, size: int) -> Image.Image:
 
 def main(config: Config) -> None:
     """Write the folders."""
-    held_out = set(HELD_OUT.read_text().split("\n")) - {""}
+    held_out = set(HELD_OUT.read_text(encoding="utf-8").split("\n")) - {""}
     rows: dict[str, list[dict]] = {"captioned": [], "held_out": []}
     found = list(pictures(config))
     write_classes(found, config, held_out)
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
                 rows[kind].append(row | {"captions": captions(name, style, entry["subcategory"])})
     for kind, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (config.output / kind / "captions.jsonl").write_text(text)
+        (config.output / kind / "captions.jsonl").write_text(text, encoding="utf-8")
         print(f"{kind}: {len(lines)} pictures of {len({line['name'] for line in lines})} concepts")
 
 

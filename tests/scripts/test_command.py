@@ -1,6 +1,7 @@
 """`scripts/_command.py`: every refusal is one sentence on stderr and exit code 2, and Ctrl-C is 130."""
 
 import importlib.util
+import io
 import sys
 import warnings
 from dataclasses import dataclass
@@ -117,3 +118,16 @@ def test_a_warning_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)       # put back when this ends
     started(monkeypatch)
     assert warnings.formatwarning("two words", UserWarning, "file.py", 3) == "warning: two words\n"
+
+
+def test_letters_that_a_log_cannot_hold_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", log)
+    monkeypatch.setattr(sys, "argv", ["script"])
+
+    def main(config: Config) -> None:
+        print("wrote <süß>")
+
+    _command.run(main)
+    log.flush()
+    assert log.buffer.getvalue().rstrip() == rb"wrote <s\xfc\xdf>"
