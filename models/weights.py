@@ -160,7 +160,8 @@ def _batches(entries: Iterable[Stored]) -> Iterator[list[Stored]]:
         if size > AT_ONCE:
             yield batch
             batch, size = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
 def _check(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> list[str]:

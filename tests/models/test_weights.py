@@ -67,10 +67,12 @@ def test_conversion(saved: tuple[ClipText, dict[str, Tensor], Path], dtype: torc
         assert torch.equal(parameter, saved[0].state_dict()[name].to(dtype)), name
 
 
+@pytest.mark.parametrize("at_once", [1, 1000])
 def test_conversion_of_a_model_in_many_batches(
-    saved: tuple[ClipText, dict[str, Tensor], Path], monkeypatch: pytest.MonkeyPatch
+    saved: tuple[ClipText, dict[str, Tensor], Path], monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("models.weights.AT_ONCE", 1000)
+    """The last of which may be full, or not."""
+    monkeypatch.setattr("models.weights.AT_ONCE", at_once)
     network, _ = read(saved[2], torch.bfloat16)
     assert all(torch.equal(p, saved[0].state_dict()[n].bfloat16()) for n, p in network.named_parameters())
 
