@@ -97,7 +97,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer; in float32 with frozen weights as the 1x1 convolution that it is, of an image of tokens, on a
     CPU whose matrix products are slower than that. It is the same sum.
     """
-    as_it_is = weight.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu"
+    trained = weight.requires_grad or bias is not None and bias.requires_grad
+    as_it_is = trained or x.dtype != torch.float32 or x.device.type != "cpu"
     if as_it_is or matrix_products_are_fast():
         return F.linear(x, weight, bias)
     image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                               # (1, C_in, tokens, 1)

@@ -40,6 +40,8 @@ def test_a_linear_layer_is_the_same_sum_either_way(said: dict) -> None:
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)          # six products of about 6
     trained = torch.nn.Parameter(weight)
     assert "_Conv2d" not in str(_functions(linear(x, trained, bias)))
+    bias.requires_grad_()
+    assert torch.equal(torch.autograd.grad(linear(x, weight, bias).sum(), bias)[0], torch.full((6,), 10.0))
 
 
 def _functions(y: torch.Tensor) -> list:
