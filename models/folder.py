@@ -86,7 +86,13 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
 
 
 def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:
-    """Write a model beside `path` and rename it into place. Raises ModelError if that is another's place."""
+    """Write a model beside `path`, or beside what it links to, and rename it into place.
+
+    Raises ModelError if that is another's place, or the folder that this process runs in.
+    """
+    path = path.resolve()
+    if path == Path.cwd():
+        raise ModelError(f"{path} is the working folder, which cannot be replaced: save into a folder of another name")
     if path.exists() and not _is_ours(path):
         raise ModelError(f"{path} exists and is not a model folder: choose another path, or remove it")
     tokens = model.tokenizer

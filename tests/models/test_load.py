@@ -420,6 +420,22 @@ class TestSavingFolders:
         assert [file.name for file in copy.parent.iterdir()] == ["copy"]
         assert_equal(models.load(copy), model)  # the model still reads from the files that were replaced
 
+    def test_through_a_link_it_is_the_folder_behind_it_that_is_replaced(self, copy: Path) -> None:
+        model, link = models.load(copy), copy.with_name("latest")
+        link.symlink_to(copy.name)
+        (copy / "model_index.json").write_text("{}")
+        (copy / "unet" / "old.txt").touch()
+        models.save(model, link)
+        assert link.is_symlink()
+        assert not (copy / "unet" / "old.txt").exists()
+        assert sorted(file.name for file in copy.parent.iterdir()) == ["copy", "latest"]
+
+    def test_the_working_folder_stays(self, peer: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ModelError, match="is the working folder, which cannot be replaced"):
+            models.save(models.load(peer.folder), ".")
+        assert not any(tmp_path.iterdir())
+
     def test_other_content_is_left_alone(self, peer: Pipeline, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "metrics.json").touch()
