@@ -14,7 +14,7 @@ class ClassNames:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not all(self.names) or len(set(self.names)) < len(self.names):
+        if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) < len(self.names):
             raise ModelError(f"every class has a name of its own: {', '.join(map(repr, self.names))}")
 
     @classmethod

@@ -38,10 +38,12 @@ def unet_config(said: Mapping[str, Any]) -> UNetConfig:
 
 
 def require(said: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    """Raise TypeError unless these entries are of these types."""
+    """Raise TypeError unless these entries are of these types; what is an int is a size, 1 or more."""
     for key, kind in kinds.items():
-        if not isinstance(said[key], kind):
+        if type(said[key]) is not kind or (kind is int and said[key] < 1):
             raise TypeError(f"{key} is {said[key]!r}")
+    if "steps" in said.get("schedule", ()):
+        require(said["schedule"], {"steps": int})
 
 
 def write_described(path: Path, key: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -82,10 +82,12 @@ class ClipTokenizer:
         """
         vocab, settings = vocabulary.read(Path(folder))
         token = settings.get("pad_token") or END
-        pad = token["content"] if isinstance(token, dict) else token
-        if pad not in vocab.tokens:
+        pad = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(pad, str) or pad not in vocab.tokens:
             raise ModelError(f"the padding token {pad!r} of {folder} is not in its vocabulary")
         stated = settings.get("model_max_length", NEVER_SET)
+        if not isinstance(stated, int | float):
+            raise ModelError(f"the model_max_length of {folder} is a number of tokens, not {stated!r}")
         return cls(vocab, length or (77 if stated >= NEVER_SET else int(stated)), vocab.tokens[pad])
 
     def save(self, folder: str | Path) -> None:

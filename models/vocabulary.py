@@ -37,7 +37,8 @@ class Vocabulary:
     merges: list[tuple[str, str]]
 
     def __post_init__(self) -> None:
-        if sorted(self.tokens.values()) != list(range(len(self.tokens))):
+        ids = list(self.tokens.values())
+        if not all(isinstance(i, int) for i in ids) or sorted(ids) != list(range(len(ids))):
             raise ModelError(f"a vocabulary of {len(self.tokens)} tokens needs the ids from 0 up, each once")
         if BEGIN not in self.tokens or END not in self.tokens:
             raise ModelError(f"the vocabulary has no {BEGIN} or no {END}: it is not a CLIP vocabulary")
@@ -93,8 +94,11 @@ def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
         except UnicodeDecodeError as error:
             raise ModelError(f"{folder / 'merges.txt'} is no text in UTF-8: fetch it anew") from error
     elif (folder / "tokenizer.json").is_file():
-        model = read_json(folder / "tokenizer.json").get("model", {})
-        tokens, merges = model.get("vocab", {}), [_pair(merge) for merge in model.get("merges", [])]
+        model = read_json(folder / "tokenizer.json").get("model")
+        tokens, pairs = (model.get(key) for key in ("vocab", "merges")) if isinstance(model, dict) else (None, None)
+        if not isinstance(tokens, dict) or not isinstance(pairs, list):
+            raise ModelError(f"{folder / 'tokenizer.json'} has no vocabulary with its merges: fetch it anew")
+        merges = [_pair(merge) for merge in pairs]
     else:
         raise ModelError(
             f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json"
@@ -155,7 +159,7 @@ def read_merges(lines: Iterable[str]) -> list[tuple[str, str]]:
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     pair = merge.split() if isinstance(merge, str) else merge
-    if len(pair) != 2:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
         raise ModelError(f"a merge joins two tokens; found {merge!r}")
     return pair[0], pair[1]
 

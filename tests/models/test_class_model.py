@@ -226,7 +226,12 @@ class TestFiles:
         model = tiny_classes()
         models.save(model, tmp_path / "x.safetensors")
         said = json.loads(metadata(tmp_path / "x.safetensors")["oneword.classes"])
-        for change, words in (({"null": 1}, "null is 1"), ({"classes": ["dog"]}, "names differ, 3 and 1")):
+        changes = {
+            "null is 1": {"null": 1}, "names differ, 3 and 1": {"classes": ["dog"]},
+            "has a name of its own: 1, 2, 3": {"classes": [1, 2, 3]},
+            "resolution is 0": {"resolution": 0}, "factor is True": {"factor": True},
+        }  # fmt: skip
+        for words, change in changes.items():
             described = {"oneword.classes": json.dumps(said | change)}
             save_file(model.unet.state_dict(), tmp_path / "y.safetensors", described)
             with pytest.raises(ModelError, match=words):

@@ -261,7 +261,10 @@ class TestFiles:
             ({"factor": "2"}, "factor is '2'"),
             ({"schedule": None}, "schedule is None"),
             ({"schedule": {"name": "bad"}}, "no schedule 'bad'"),
+            ({"schedule": {"name": "linear", "steps": "x"}}, "steps is 'x'"),
             ({"resolution": "x"}, "resolution is 'x'"),
+            ({"resolution": 0}, "resolution is 0"),
+            ({"factor": True}, "factor is True"),
             ({"unet": {"attention": "nonsense"}}, "no attention is called 'nonsense'"),
         ],
     )

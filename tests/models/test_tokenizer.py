@@ -220,6 +220,31 @@ class TestFolders:
         with pytest.raises(ModelError):
             ClipTokenizer.from_folder(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("special_tokens_map.json", {"pad_token": {"x": 5}}),
+            ("special_tokens_map.json", {"pad_token": [5]}),
+            ("tokenizer_config.json", {"model_max_length": "long"}),
+            ("vocab.json", {"<|startoftext|>": "0", "<|endoftext|>": 1}),
+            ("vocab.json", {"<|startoftext|>": [0], "<|endoftext|>": 1}),
+        ],
+    )
+    def test_settings_of_wrong_kinds_are_refused(self, tmp_path: Path, name: str, content: dict) -> None:
+        ClipTokenizer.train(CAPTIONS, 540, 16).save(tmp_path)
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(ModelError):
+            ClipTokenizer.from_folder(tmp_path)
+
+    @pytest.mark.parametrize("model", [[1], {}, {"vocab": {}, "merges": 5}, {"vocab": 3, "merges": []}])
+    def test_a_tokenizer_json_without_a_vocabulary_is_refused(self, tmp_path: Path, model: object) -> None:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+        with pytest.raises(ModelError, match=r"tokenizer\.json has no vocabulary with its merges"):
+            ClipTokenizer.from_folder(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}, "merges": [5]}}))
+        with pytest.raises(ModelError, match="a merge joins two tokens; found 5"):
+            ClipTokenizer.from_folder(tmp_path)
+
     def test_a_merge_joins_two(self, tmp_path: Path) -> None:
         ClipTokenizer.train(CAPTIONS, 540, 16).save(tmp_path)
         (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
