@@ -96,9 +96,9 @@ def from_strength(times: list[float], strength: float) -> list[float]:
         raise DiffusionError(f"a strength is a number above 0 and at most 1, not {strength!r}")
     kept = min(int(n * strength), n)
     if kept == 0:
-        raise DiffusionError(
-            f"strength {strength:g} leaves none of {n} steps: take at least {math.ceil(1 / strength)}"
-        )
+        enough = math.ceil(1 / strength)
+        enough += int(enough * strength) == 0                       # where the product rounds to just below 1
+        raise DiffusionError(f"strength {strength:g} leaves none of {n} steps: take at least {enough}")
     return times[-kept - 1 :]
 
 

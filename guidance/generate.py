@@ -117,7 +117,7 @@ def generate(
 def levels_of(model: Model, sampler: str, steps: int | str) -> list[Level]:
     """The levels that a number of steps means with a model."""
     schedule, spaced = Schedule(**model.schedule), isinstance(model.sampling.steps, str)
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
     if spaced and sampler != "dpmpp_2m_karras":                     # whose times follow from its sigmas
         return schedule.levels(respaced(str(steps), schedule.steps))

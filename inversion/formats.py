@@ -110,10 +110,11 @@ def _named(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _vectors(value: Any, word: str, path: Path) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not plain or value.ndim not in (1, 2) or not value.is_floating_point():
         found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D)")
-    vectors = value.detach().float().reshape(-1, value.shape[-1]).contiguous()
+    vectors = (value if value.ndim == 2 else value[None]).detach().float().contiguous()
     if not vectors.numel() or not vectors.isfinite().all():
         raise InversionError(
             f"the vectors of {word!r} in {path} are empty or not finite: the training that made them failed"

@@ -65,7 +65,7 @@ class Training:
         self, model: Any, concept: Concept, images: Tensor, templates: Sequence[Sequence[str]],
         config: TrainConfig = DEFAULTS, keep_encoder: bool = False,
     ) -> None:  # fmt: skip
-        if images.ndim != 4 or not len(images) or len(templates) != len(images):
+        if images.ndim != 4 or not images.numel() or len(templates) != len(images):
             raise InversionError(
                 f"images (N, 3, H, W) and N lists of templates are needed: got {tuple(images.shape)} and "
                 f"{len(templates)}"

@@ -68,6 +68,15 @@ def test_sections() -> None:
     assert respaced("1,2", steps=4) == [3, 2, 0, -1]
 
 
+def test_the_steps_that_a_strength_is_told_to_take_are_enough() -> None:
+    for part in range(2, 1000):
+        with pytest.raises(DiffusionError, match="take at least") as refused:
+            from_strength([1.0, -1.0], 1 / part)
+        enough = int(str(refused.value).rsplit(" ", 1)[1])
+        assert len(from_strength([0.0] * (enough + 1), 1 / part)) == 2
+        assert enough in (part, part + 1)
+
+
 def test_from_strength_counts_as_diffusers() -> None:
     times = leading(1000, 50)
     assert from_strength(times, 1.0) == times

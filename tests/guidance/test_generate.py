@@ -297,6 +297,7 @@ def test_refused(options: dict, sentence: str) -> None:
     ("options", "sentence"),
     [
         ({"sampler": "heun"}, "no sampler is called 'heun'; there are ddpm, ddim"),
+        ({"sampler": ["ddim"]}, r"no sampler is called \['ddim'\]"),
         ({"steps": 0}, "0 steps do not fit a schedule of 1000: take between 1 and 1000"),
         (
             {"steps": 2, "image": torch.zeros(3, 16, 16), "strength": 0.4},

@@ -89,6 +89,20 @@ def test_parameters_without_names_are_refused(params: object, tmp_path: Path) ->
         Concept.load(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(0), "are empty or not finite"),
+        (torch.zeros(3, 0), "are empty or not finite"),
+        (torch.zeros(2, 4, device="meta"), r"'<a>' is a tensor \(2, 4\), not vectors"),
+    ],
+)
+def test_tensors_that_are_no_vectors_are_refused(value: torch.Tensor, said: str, tmp_path: Path) -> None:
+    torch.save({"<a>": value}, tmp_path / "x.pt")
+    with pytest.raises(InversionError, match=said):
+        Concept.load(tmp_path / "x.pt")
+
+
 def test_a_file_whose_name_is_no_word_says_how_to_call_it(tmp_path: Path) -> None:
     save_file({"emb_params": torch.zeros(2, 4)}, tmp_path / "my dog.safetensors")
     with pytest.raises(InversionError, match=r"of .*my dog\.safetensors would be called 'my dog'.*WORD=FILE"):

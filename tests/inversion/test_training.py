@@ -554,6 +554,15 @@ def test_every_image_has_its_templates(count: int, templates: list[list[str]]) -
     model = Sum()
     with pytest.raises(InversionError, match="N lists of templates"):
         train(model, Concept.from_text(model, "<x>", "dog"), torch.zeros(count, 3, 16, 16), templates, FAST)
+    with pytest.raises(InversionError, match=r"are needed: got \(2, 3, 0, 0\)"):
+        train(model, Concept.from_text(model, "<x>", "dog"), torch.zeros(2, 3, 0, 0), TEMPLATES[:2], FAST)
+
+
+def test_each_concept_has_a_state_of_its_own() -> None:
+    names = ["x.safetensors", "x.v1", "x.v2", "x.pt"]
+    assert [state_file(Path(name)).name for name in names] == [
+        "x.training.pt", "x.v1.training.pt", "x.v2.training.pt", "x.pt.training.pt",
+    ]  # fmt: skip
 
 
 def test_vectors_of_another_width() -> None:
