@@ -1,29 +1,36 @@
 """Untrained models for train_diffusion.py: a latent one around an autoencoder, a GLIDE, or one of classes."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from models import ClassModel, ClipTokenizer, GlideModel, LatentModel
 from models.class_names import ClassNames
+from models.errors import ModelError
+from models.files import Weights, read_json
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
 from models.presets import COSINE, GLIDE_BASE, GLIDE_UPSAMPLE, LINEAR, SD_SCHEDULE, family_of
+from models.renaming import Layout
 from models.text import ClipText, ClipTextConfig
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from models.weights import Part, fill, on_meta
 
 
 def load_vae(folder: Path) -> VAE:
     """The autoencoder that train_vae.py left in its output folder."""
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    vae = VAE(VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])}))
-    vae.load_state_dict(load_file(folder / "vae.safetensors"))
-    return vae.eval().requires_grad_(False)
+    file = folder / "config.json"
+    described = read_json(file)
+    try:
+        config = VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])})
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{file} does not describe an autoencoder of train_vae.py ({error})") from error
+    vae = on_meta(lambda: VAE(config))
+    fill([Part(vae, Layout())], Weights((folder / "vae.safetensors",)), torch.float32, torch.device("cpu"))
+    return vae
 
 
 def latent_model(config: Any, captions: Iterable[str], size: int) -> LatentModel:

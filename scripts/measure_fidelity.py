@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from _command import run
 from _runs import write_json
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ import models
 from guidance import generate
 from inversion.report import sheet
 from models.errors import ModelError
+from models.files import metadata, open_tensors
 from models.loading import EMBEDDED
 
 
@@ -45,11 +45,14 @@ class Config:
 
 def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
     """Latent means (N, C, h, w) float32 of the training images, their names, and one caption of each."""
-    if not (folder / "training_latents.safetensors").is_file():
-        raise ModelError(f"{folder} has no training_latents.safetensors: name a folder that train_diffusion.py wrote")
-    with safe_open(folder / "training_latents.safetensors", "pt") as file:
-        described = json.loads(file.metadata()["rows"])
-        return file.get_tensor("latents") / 16, [r["name"] for r in described], [r["caption"] for r in described]
+    file = folder / "training_latents.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no {file.name}: name a folder that train_diffusion.py wrote")
+    latents, said = open_tensors(file).get("latents"), metadata(file).get("rows")
+    if latents is None or said is None:
+        raise ModelError(f"{file} holds no latents of train_diffusion.py's: name a folder that it wrote")
+    described = json.loads(said)
+    return latents / 16, [r["name"] for r in described], [r["caption"] for r in described]
 
 
 def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: list[str]) -> Tensor:
@@ -63,8 +66,9 @@ def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: li
 
 def main(config: Config) -> None:
     """Draw, look up, count."""
-    if config.count < 1:
-        raise ModelError(f"--count is how many captions to draw, at least 1, not {config.count}")
+    for name, value in (("count", config.count), ("batch-size", config.batch_size)):
+        if value < 1:
+            raise ModelError(f"--{name} is how many captions to draw, in all or at once, at least 1, not {value}")
     folder = EMBEDDED.get(config.model, Path(config.model))
     training, names, captions = read_training_set(folder)
     model = models.load(config.model)

@@ -428,6 +428,30 @@ def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
         script("train_vae").main(vae_config(data, tmp_path / "vae", size=15))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{", r"config\.json is not readable JSON"),
+        ("config.json", b'{"channel_mult": [1], "x": 1}', r"config\.json does not describe an autoencoder"),
+        ("vae.safetensors", b"no tensors", r"vae\.safetensors cannot be read; it is truncated or damaged"),
+    ],
+)
+def test_an_autoencoder_that_cannot_be_read(
+    data: Path, vae: Path, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    shutil.copytree(vae, tmp_path / "vae")
+    (tmp_path / "vae" / name).write_bytes(content)
+    with pytest.raises(models.ModelError, match=said):
+        script("train_diffusion").main(diffusion_config(data, tmp_path / "vae", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flag", ["count", "batch_size"])
+def test_fidelity_of_nothing(flag: str) -> None:
+    module = script("measure_fidelity")
+    with pytest.raises(models.ModelError, match=f"--{flag.replace('_', '-')} is how many captions .* not 0"):
+        module.main(module.Config(**{flag: 0}))
+
+
 def test_ranks_count_the_images_that_lie_nearer() -> None:
     training = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1, 1, 1)
     names = ["dog", "cat", "cat", "owl"]
@@ -445,6 +469,9 @@ def test_fidelity_of_a_model_that_was_just_trained(data: Path, vae: Path, tmp_pa
     assert found["captions"] == 4
     assert 0 <= found["top1"] <= found["top5"] <= 1
     training, names, captions = module.read_training_set(tmp_path / "run" / "model")
+    (tmp_path / "training_latents.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(models.ModelError, match="truncated or damaged"):
+        module.read_training_set(tmp_path)
     images, rows = script("_pictures").read_captioned(data)
     mean = script("_untrained").load_vae(vae).encode(images).chunk(2, dim=1)[0]
     # float16 keeps 11 bits of numbers of about one
