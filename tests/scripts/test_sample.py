@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import models
 from diffusion import DiffusionError
-from guidance import GuidanceError
-from inversion import Concept, InversionError
+from guidance import GuidanceError, generate
+from inversion import Concept, InversionError, read_images
 from tests.tiny import tiny_classes, tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
@@ -78,6 +78,36 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["00-a-picture-of-new-seed8.png"]
     again = pixels(tmp_path / "again" / "00-a-picture-of-new-seed8.png")
     assert abs(again - tiles[3]).max() <= 1  # another batch may round a pixel the other way
+
+
+def test_the_flags_draw_what_the_library_draws(folder: Path, script: ModuleType) -> None:
+    """A learned word may stand in the negative prompt alone."""
+    model, word, start = str(folder / "model"), folder / "new.safetensors", folder / "start.png"
+    flags = {"negative": "a <new>", "steps": 4, "scale": 3.0, "sampler": "euler", "strength": 0.5, "batch_size": 1}
+    given = script.Config(("a dog", "a cat"), model, seed=4, size=32, concept=(str(word),), image=start, **flags)
+    wanted = generate(
+        models.load(model), ["a dog", "a cat"], generator=[4, 4], concepts=[Concept.load(word)],
+        image=read_images([start], 32), **flags,
+    )  # fmt: skip
+    assert wanted.shape == (2, 3, 32, 32)                                # the model's own would be 16 by 16
+    assert torch.equal(script.draw(given), wanted)
+
+
+@pytest.mark.parametrize(("offload", "checkpointing"), [("none", "none"), ("idle", "none"), ("stream", "blocks")])
+def test_the_model_is_loaded_as_the_flags_say(
+    script: ModuleType, offload: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+
+    def load(source: str, **how: str) -> None:
+        asked.update(how, model=source)
+        raise models.ModelError("stop")
+
+    monkeypatch.setattr(models, "load", load)
+    flags = {"model": "x", "dtype": "bfloat16", "device": "cpu", "prediction": "v_prediction", "variant": "fp16"}
+    with pytest.raises(models.ModelError, match="stop"):
+        script.draw(script.Config(("a dog",), offload=offload, **flags))
+    assert asked == flags | {"offload": offload, "checkpointing": checkpointing}
 
 
 @pytest.mark.parametrize(

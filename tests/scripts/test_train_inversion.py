@@ -76,7 +76,8 @@ def numbers(path: Path) -> dict[str, Any]:
 
 
 def test_a_run_leaves_everything(script: ModuleType, config: Any, capsys: pytest.CaptureFixture) -> None:
-    script.main(replace(config, init="white dog", name="a large dog"))
+    flags = {"schedule": "constant", "warmup": 1, "patience": 7, "seed": 3}
+    script.main(replace(config, init="white dog", name="a large dog", **flags))
     found = {path.name for path in config.output.iterdir()}
     concept, state = "a-large-dog.safetensors", "a-large-dog.training.pt"
     assert found == {"run.json", "metrics.json", "loss.png", "comparison.png", concept, state}
@@ -84,11 +85,39 @@ def test_a_run_leaves_everything(script: ModuleType, config: Any, capsys: pytest
     wanted = {f"validation_loss_{key}" for key in ("initial", "best", "caption")}
     assert wanted | {"steps", "seconds", "peak_memory_bytes"} <= set(metrics)
     assert metrics["validation_loss_best"] < metrics["validation_loss_initial"]
+    used = {key: QUICK[key] for key in ("steps", "batch_size", "accumulation", "learning_rate")} | flags
+    assert used.items() <= metrics["settings"].items()
     learned = Concept.load(config.output / concept)
     assert (learned.placeholder, learned.vectors.shape) == ("<frida>", (2, 32))
     for name in ("loss.png", "comparison.png"):
         assert min(Image.open(config.output / name).size) > 300
-    assert "validation loss" in capsys.readouterr().out
+    assert "validation loss" in (said := capsys.readouterr().out)
+    assert "no step was better" not in said
+
+
+def test_a_run_in_which_no_step_was_better_says_so(
+    script: ModuleType, config: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """At a rate that float32 cannot hold every step is passed over."""
+    script.main(replace(config, learning_rate=1e308, steps=3, samples=0))
+    assert numbers(config.output)["best_step"] == 0
+    assert "no step was better than the start, which is what was written" in capsys.readouterr().out
+
+
+def test_the_model_is_loaded_as_the_flags_say(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(source: str, **how: Any) -> models.LatentModel:
+        asked.update(how, model=source)
+        return tiny_model()
+
+    monkeypatch.setattr(models, "load", load)
+    flags = {"model": "x", "dtype": "bfloat16", "device": "cpu", "prediction": "v_prediction", "variant": "fp16"}
+    flags |= {"checkpointing": "attention", "attention": "sliced", "offload": "idle"}
+    script.load(replace(config, **flags), upsampler=False)
+    assert asked == flags | {"upsampler": False}
 
 
 def test_the_picture_holds_images_and_both_words_over_the_same_seeds(
@@ -296,6 +325,9 @@ def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_
     assert learned.placeholder == "<frida>"
     assert (learned.vectors - vectors).abs().max() <= 1.01e-4  # a step of Adam is as long as its rate
     assert "init" not in learned.metadata              # no words: an upsampler would read the name of the file
+    Concept("<old>", vectors, {"init": "white dog"}).save(tmp_path / "words.safetensors")
+    start = script.starting_concept(replace(config, init=str(tmp_path / "words.safetensors")), tiny_model(), 1)
+    assert start.metadata["init"] == "white dog"
     with pytest.raises(InversionError, match="holds 2 vectors, not 3"):
         script.main(replace(config, vectors=3, output=tmp_path / "other"))
 
