@@ -147,6 +147,17 @@ def test_what_is_kept_is_kept_exactly(sampler: str) -> None:
     assert not torch.allclose(drawn[0][~kept], image[~kept], atol=0.1)
 
 
+def test_each_image_keeps_its_own_part_in_any_batch() -> None:
+    images, masks = torch.stack([picture(16), picture(16, 1)]), torch.zeros(2, 1, 16, 16)
+    masks[0, :, 4:, :10] = masks[1, :, :7] = 1
+    drawn = generate(
+        tiny_glide(inpaints=True), ["a dog", "a cat"], steps=2, image=images, mask=masks, batch_size=1, generator=0
+    )
+    kept = masks.bool().expand(-1, 3, -1, -1)
+    assert torch.equal(drawn[kept], images[kept])
+    assert not torch.allclose(drawn[~kept], images[~kept], atol=0.1)
+
+
 def test_a_cascade_keeps_exactly_too() -> None:
     base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     image, mask = picture(64), torch.zeros(1, 1, 64, 64)
@@ -200,6 +211,15 @@ def test_a_small_pixel_stays_if_all_that_it_covers_does() -> None:
     assert small[0, 0, 0, 0] == (0 + 1 + 4 + 5) / 4 / 16
 
 
+def test_a_mask_of_bools_is_one_of_numbers() -> None:
+    base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
+    image, mask = picture(64), torch.zeros(64, 64)
+    mask[5:, :30] = 1
+    bools, numbers = (inputs.kept(base, image, each, 1) for each in (mask.bool(), mask))
+    for found, wanted in zip((*bools, *inputs.reduced(bools, 4)), (*numbers, *inputs.reduced(numbers, 4))):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("make", [tiny_model, tiny_glide])
 def test_a_sampler_that_there_is_not(make: Callable) -> None:
     with pytest.raises(ValueError, match="no sampler is called 'heun'"):
@@ -245,17 +265,18 @@ def test_keeping_is_consistent_in_eps() -> None:
 
 class TestGradient:
     def test_it_is_that_of_the_log_probability(self) -> None:
-        """log N(y; x_t, 1) has the gradient y - x_t, at every time."""
+        """log N(y; x_t, 1) has the gradient y - x_t, at every time; a time between two is told as the nearer."""
         y, x, seen = picture(4)[None], picture(4, 1)[None], []
 
         def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
             seen.append(t.tolist())
             return -0.5 * (y - x_t).square().flatten(1).sum(dim=1)
 
-        with torch.no_grad():
-            gradient = gradient_of(log_probability, 3.0)(x, Level(17.0, 0.9))
-        torch.testing.assert_close(gradient, 3.0 * (y - x), rtol=0, atol=1e-6)        # float32, up to 6
-        assert seen == [[17]]
+        for time in (17.0, 1.6):
+            with torch.no_grad():
+                gradient = gradient_of(log_probability, 3.0)(x, Level(time, 0.9))
+            torch.testing.assert_close(gradient, 3.0 * (y - x), rtol=0, atol=1e-6)    # float32, up to 6
+        assert seen == [[17], [2]]
 
     def test_it_is_the_same_in_inference_mode(self) -> None:
         """Where no tensor has a gradient unless it is asked for."""

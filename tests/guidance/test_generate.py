@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
 from guidance import GuidanceError, generate
+from inversion import Concept
 from models.latent import Sampling
 
 EXACT = 2e-5  # float32, times up to 1 / sqrt(alpha_bar) = 15 at the first level
@@ -258,6 +259,8 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
         ({"batch_size": 2.5}, "batch_size is a whole number, not 2.5"),
         ({"batch_size": 0}, "at least one image, not 0"),
         ({"generator": -1}, "between 0 and 2.63, not at -1"),
+        ({"generator": 2**63}, "between 0 and 2.63, not at 9223372036854775808"),
+        ({"generator": [2**64]}, r"between 0 and 2.63, not at \[18446744073709551616\]"),
         ({"generator": [1, 2]}, "2 seeds for 1 images"),
         ({"generator": "5"}, "seeds are whole numbers, not '5'"),
         ({"generator": [None]}, r"seeds are whole numbers, not \[None\]"),
@@ -284,6 +287,10 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
         (
             {"concepts": [Word("<a>", torch.zeros(1, 768))]},
             r"vectors of <a> are \(1, 768\), .* \(n, 1\)",
+        ),
+        (
+            {"concepts": [Concept("<a>", torch.zeros(1, 1), {"family": "other"})]},
+            "learned with other, but this model's text encoder, exact",
         ),
         ({"concepts": [Word("<a>", torch.zeros(1, 1))] * 2}, r"one placeholder \(<a>, <a>\)"),
     ],
