@@ -101,6 +101,9 @@ def test_bound_at_time_zero_is_a_likelihood_of_pixels() -> None:
     )  # the outermost bin is open: it holds more than half
     x_t = schedule.q_sample(edge, t, noise)
     assert variational_bound(schedule, edge, torch.ones_like(x0), edge, x_t, t).item() < 1
+    far = variational_bound(schedule, -x0, torch.ones_like(x0), x0, schedule.q_sample(x0, t, noise), t)
+    # 40 deviations off no mass is left, and Ho et al.'s code takes 1e-12 for it; float64
+    assert far.item() == pytest.approx(-math.log2(1e-12), rel=1e-12)
 
 
 def test_hybrid_is_the_same_bound_of_a_network_that_predicts_v() -> None:

@@ -266,7 +266,14 @@ def test_draws_do_not_depend_on_the_dtype_of_x() -> None:
     assert torch.equal(
         draw((2, 3), torch.Generator().manual_seed(4)), draw((2, 3), torch.Generator().manual_seed(4))
     )
-    levels, x = SD.levels([999, 500]), torch.randn(1, 1, 8, 8)
+    levels = SD.levels([999, 500])
+    of_nothing = lambda x, level: Prediction.from_x0(x, 0 * x, level.alpha_bar)  # noqa: E731
+    for x in (torch.zeros(1, 1, 5, 5, dtype=torch.float16), torch.zeros(1, 1, 5, 5, dtype=torch.bfloat16)):
+        # where x and x_0 are 0 the noise is all; drawn in 16 bits, torch's last 16 of 25 numbers are others
+        found = last(ddpm(of_nothing, x, levels, generator=torch.Generator().manual_seed(4)))
+        z = draw(x.shape, torch.Generator().manual_seed(4)).to(x.dtype)
+        assert torch.equal(found, posterior_variance(levels[0].alpha_bar, levels[1].alpha_bar) ** 0.5 * z)
+    x = torch.randn(1, 1, 8, 8)
     low, high = (
         last(ddim(curved, x.to(dtype), levels, eta=1.0, generator=torch.Generator().manual_seed(4))).float()
         for dtype in (torch.bfloat16, torch.float32)
@@ -292,6 +299,7 @@ def test_draws_do_not_depend_on_the_dtype_of_x() -> None:
             "no variance is called 'tiny'",
         ),
         (lambda: draw((3, 1), [torch.Generator()]), "1 generators were given for a batch of 3"),
+        (lambda: draw((1, 3), [torch.Generator()] * 2), "2 generators were given for a batch of 1"),
         (lambda: last(iter(())), "no step"),
     ],
 )
@@ -309,6 +317,17 @@ def test_terminal_zero_repeats_time_zero() -> None:
     for sampler in DETERMINISTIC:
         a, b = (last(sampler(curved, x, SD.levels(times))) for times in ([400, 200, 0, 0], [400, 200, 0]))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_learned_variance_that_ends_at_time_zero_is_the_posterior_s_there_too() -> None:
+    """That is no clean level, so the variance of the last step is its own and not that of the step before."""
+    levels, x = SD.levels([500, 400, 0]), noise()
+    lowest = lambda x, level: replace(curved(x, level), var_frac=torch.zeros_like(x))  # noqa: E731
+    learned, small = (
+        last(ddpm(lowest, x, levels, variance=variance, generator=torch.Generator().manual_seed(3)))
+        for variance in ("learned", "small")
+    )
+    torch.testing.assert_close(learned, small, rtol=0, atol=1e-12)     # float64, one variance and its logarithm's
 
 
 def test_a_learned_variance_where_the_last_step_stays_at_its_level() -> None:

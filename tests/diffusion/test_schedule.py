@@ -122,6 +122,7 @@ def test_snr() -> None:
         (lambda: Schedule("cosine"), "no schedule is called 'cosine'; there are linear"),
         (lambda: Schedule("linear", steps=0), "at least 1, not 0"),
         (lambda: Schedule("linear", steps=10), "0.01 to 2"),  # the published end times 1000 / 10
+        (lambda: Schedule("linear", steps=10, beta_end=1.0), "0.01 to 1$"),
         (lambda: Schedule("squaredcos_cap_v2", beta_end=0.01), "takes no beta_start"),
         (lambda: Schedule("scaled_linear", steps=1, zero_terminal_snr=True), "at least 2 steps"),
         (lambda: Schedule("linear").alpha_bar(torch.tensor([1000])), "between -1 and 999"),
