@@ -25,6 +25,7 @@ def test_a_word_gives_its_own_vector(model: LatentModel) -> None:
     assert torch.equal(concept.vectors, rows(model, "dog"))
     assert concept.metadata["init"] == "dog"
     assert concept.metadata["init_rule"] == "one vector a token"
+    assert (concept.metadata["family"], concept.metadata["source"]) == ("tiny", "tiny:0")
 
 
 def test_a_phrase_gives_one_vector_a_token(model: LatentModel) -> None:

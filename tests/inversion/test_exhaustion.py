@@ -86,3 +86,12 @@ def test_before_the_first_step_nothing_is_there_to_be_saved(tmp_path: Path) -> N
     with pytest.raises(InversionError, match="offload none$"):
         learn(exhausted(1, MemoryError()), file=tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_older_run_saved_is_not_claimed(tmp_path: Path) -> None:
+    model, file = exhausted(1, MemoryError()), tmp_path / "x.safetensors"
+    state_file(file).write_text("an older run's")
+    place(model, Setting(torch.float32, "blocks", offload="stream"), torch.device("cpu"))     # without a plan
+    with pytest.raises(InversionError, match="nothing needs less but a smaller resolution or batch$"):
+        learn(model, file=file)
+    assert state_file(file).read_text() == "an older run's"

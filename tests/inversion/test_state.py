@@ -89,6 +89,8 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     State.start(torch.zeros(1, 4)).save(tmp_path / "s.pt", {"seed": 1, "steps": 3})
     with pytest.raises(InversionError, match="belongs to another run: its seed is 1, not 2"):
         State.load(tmp_path / "s.pt", {"seed": 2, "steps": 3}, torch.Size([1, 4]))
+    with pytest.raises(InversionError, match="belongs to another run: its steps is 3, not None"):
+        State.load(tmp_path / "s.pt", {"seed": 1}, torch.Size([1, 4]))
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

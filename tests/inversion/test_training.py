@@ -284,6 +284,7 @@ def test_after_ctrl_c_it_resumes_bit_for_bit(tmp_path: Path, new: Callable[[], A
     with pytest.raises(KeyboardInterrupt):
         learn(new(), file=file, on_step=interrupt)
     assert state_file(file).exists()
+    assert file.exists() == (last >= FAST.validate_every)               # before, no vectors are better than the start
     again = learn(new(), name="a dog", file=file, resume=True, on_step=seen.append)
     same(whole, again)
     assert [report.step for report in seen] == list(range(1, 13))
@@ -384,6 +385,26 @@ def test_other_images_are_another_run(tmp_path: Path) -> None:
         train(model, concept, images(seed=1), TEMPLATES, FAST, file=file, resume=True)
 
 
+def test_other_templates_are_another_run(tmp_path: Path) -> None:
+    model, file = Sum(), tmp_path / "x.safetensors"
+    learn(model, file=file)
+    concept, others = Concept.from_text(model, "<x>", "dog"), [["a photo of {}"]] * 3
+    with pytest.raises(InversionError, match="its templates is"):
+        train(model, concept, images(), others, FAST, file=file, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [("dtype", torch.bfloat16, "dtype"), ("schedule", {"name": "linear", "steps": 500}, "model")],
+)
+def test_a_model_run_in_another_way_is_another_run(tmp_path: Path, name: str, value: Any, key: str) -> None:
+    file, other = tmp_path / "x.safetensors", Sum()
+    learn(Sum(), file=file)
+    setattr(other, name, value)
+    with pytest.raises(InversionError, match=f"its {key} is"):
+        learn(other, file=file, resume=True)
+
+
 def test_another_model_is_another_run(tmp_path: Path) -> None:
     """Of the same words, as Stable Diffusion 1.4 and 1.5 are."""
     file = tmp_path / "x.safetensors"
@@ -394,6 +415,22 @@ def test_another_model_is_another_run(tmp_path: Path) -> None:
         learn(other, file=file, resume=True)
     with pytest.raises(InversionError, match="its model is"):
         learn(replace(tiny_model(), prediction="v_prediction"), file=file, resume=True)
+
+
+def test_the_time_spent_adds_up_over_steps_and_runs(tmp_path: Path) -> None:
+    model, spent, file = Sum(), [0.0], tmp_path / "x.training.pt"
+    concept = Concept.from_text(model, "<x>", "dog")
+    for resumed in (False, True):
+        training = Training(model, concept, images(), TEMPLATES, FAST, keep_encoder=True)
+        if resumed:
+            training.resume(file)
+        for report in training.steps():
+            spent.append(training.state.seconds)
+            if report.step == 6 and not resumed:
+                break
+        training.save(file)
+    assert len(spent) == 13
+    assert all(before < after for before, after in zip(spent, spent[1:]))
 
 
 # --- the best, and stopping
@@ -603,6 +640,11 @@ def test_metrics_and_history() -> None:
     assert len(set(norms)) == 5
 
 
+def test_the_last_step_is_validated_wherever_it_falls() -> None:
+    result = learn(Sum(), replace(FAST, steps=10, validate_every=4))
+    assert [row["step"] for row in result.history] == [0, 4, 8, 10]
+
+
 def test_reports_carry_losses_and_rates() -> None:
     reports = []
     result = learn(Sum(), on_step=reports.append)
@@ -613,12 +655,13 @@ def test_reports_carry_losses_and_rates() -> None:
 
 
 def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
-    learn(Sum(), init="white dog", file=tmp_path / "x.safetensors")
+    learn(Sum(), replace(FAST, accumulation=2), init="white dog", file=tmp_path / "x.safetensors")
     metadata = Concept.load(tmp_path / "x.safetensors").metadata
     assert (metadata["family"], metadata["source"]) == ("sum", "a test")
     assert (metadata["init"], metadata["init_rule"]) == ("white dog", "one vector a token")
     assert len(metadata["norms"].split(", ")) == len(metadata["cosines_to_init"].split(", ")) == 2
     assert {"steps", "prediction", "learning_rate", "seed", "validation_loss", "images"} <= set(metadata)
+    assert metadata["batch_size"] == "8"                                # two of 4 to a step
 
 
 def test_images_out_of_range_are_refused() -> None:

@@ -44,6 +44,10 @@ def test_every_image_meets_every_part_of_time(model: LatentModel, moments: Tenso
         assert (batch.t[own] // 125).tolist() == list(range(8))  # one in each eighth of 1000
 
 
+def test_every_template_has_its_turn(model: LatentModel, moments: Tensor) -> None:
+    assert set(validation(model, moments).batch.templates) == {line for own in TEMPLATES for line in own}
+
+
 def test_pairs_of_noise_differ(model: LatentModel, moments: Tensor) -> None:
     batch = validation(model, moments).batch
     assert len({noise.sum().item() for noise in torch.cat([batch.noise, batch.draw])}) == 24
