@@ -38,16 +38,36 @@ def test_equals_the_plain_formula_in_float64(n: int, m: int, causal: bool, rows:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-def test_rounds_like_its_dtype(dtype: torch.dtype, tolerance: float) -> None:
-    # ten float32 roundings (1.2e-7), a handful of bfloat16 roundings (4e-3), of numbers up to about two
+@pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"),
+    [(torch.float32, 1, 2e-6), (torch.bfloat16, 1, 3e-2), (torch.float16, 1, 3e-3), (torch.float16, 150, 3e-3)],
+)
+def test_rounds_like_its_dtype(dtype: torch.dtype, scale: float, tolerance: float) -> None:
+    """Queries and keys of 150 have scores beyond 65504, which float16 does not hold."""
+    # ten float32 roundings (1.2e-7), a handful of bfloat16 roundings (4e-3) and of float16 ones (5e-4), of numbers up
+    # to about two
     q, k, v, g = inputs(33, 17, dtype)
+    q, k = ((scale * x.detach()).requires_grad_() for x in (q, k))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    assert ((exact[0] @ exact[1].mT).abs().max() / math.sqrt(5) > 65504) == (scale > 1)
     ours, theirs = sliced_attention(q, k, v, rows=8), plain(*exact, causal=False)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, exact, g.double())):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=2 * tolerance)
+
+
+def test_gradients_of_many_slices_are_as_near_as_those_of_one() -> None:
+    q, k, v, g = inputs(300, 300, torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(plain(*exact, causal=False), exact, g.double())
+    off = []
+    for rows in (1, 300):
+        found = torch.autograd.grad(sliced_attention(q, k, v, rows=rows), (q, k, v), g)
+        off.append(torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, wanted)]))
+    # each slice is rounded as the whole is, and their sum in float32 not at all; summed in bfloat16, 300 roundings that
+    # grow with the sum, it would be off by three times as much
+    assert (off[0] < 1.5 * off[1]).all()
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:
