@@ -1,7 +1,9 @@
 """Weights that are read in another map of their file: equal numbers, and nothing of it stays."""
 
 import gc
+import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,18 @@ def test_every_dtype_and_layout(tmp_path: Path, dtype: torch.dtype) -> None:
             assert found.data_ptr() != view.data_ptr()
 
 
+def test_a_weight_that_begins_within_an_element_is_itself(tmp_path: Path) -> None:
+    """A map is read in whole elements. Our own files have the larger ones first, others may not."""
+    said = {"x": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+            "a": {"dtype": "F32", "shape": [4], "data_offsets": [3, 19]}}  # fmt: skip
+    header = json.dumps(said).encode()
+    length, content = struct.pack("<Q", len(header)), struct.pack("<3B4f", 1, 2, 3, 0.5, 1, 2, 3)
+    (tmp_path / "x.safetensors").write_bytes(length + header + content)
+    a = open_tensors(tmp_path / "x.safetensors")["a"]
+    assert a.data_ptr() % a.itemsize
+    assert Mapped(a, file_maps()).anew().tolist() == [0.5, 1, 2, 3]
+
+
 def test_a_weight_that_the_file_no_longer_holds_is_itself(path: Path) -> None:
     tensors = open_tensors(path)
     changed = Mapped(tensors["c"], file_maps())
@@ -84,6 +98,14 @@ def test_a_weight_that_the_file_no_longer_holds_is_itself(path: Path) -> None:
     assert torch.equal(weight.anew(), numbers(0))
     path.unlink()
     assert torch.equal(weight.anew(), numbers(0))
+
+
+def test_a_weight_whose_file_was_cut_short_is_itself(path: Path) -> None:
+    weight = open_tensors(path)["a"]
+    mapped = Mapped(weight, file_maps())
+    os.truncate(path, 4096)
+    itself = mapped.anew() is weight                            # not to be shown: reading what is gone ends the process
+    assert itself
 
 
 @pytest.mark.parametrize("name", ["with space", "ü 名", "a\x0cb c d e f g", "a\u2028b c d e f g", "x (deleted)"])
