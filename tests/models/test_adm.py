@@ -10,7 +10,7 @@ from torch import nn
 
 from models import ModelError
 from models.classifier import Classifier, ClassifierConfig
-from models.presets import ADM, ADM_CLASSIFIERS
+from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS
 from models.unet import UNet, UNetConfig
 from models.weights import on_meta
 from tests.tiny import randomise
@@ -32,6 +32,35 @@ def test_the_published_unets_have_exactly_these_tensors(name: str) -> None:
     size, *rest = name.split("-")
     file = "_".join([f"adm_{size}x{size}_diffusion", *rest])
     assert shapes(on_meta(lambda: UNet(ADM[name].unet))) == manifest(file)
+
+
+# What no tensor tells, in the README's command lines @ 22e0df8: num_heads, num_head_channels, the order of attention
+# ("self" with use_new_attention_order), noise_schedule ("cosine" there). The betas are those of gaussian_diffusion.py.
+COSINE = {"name": "squaredcos_cap_v2", "steps": 1000}
+LINEAR = {"name": "linear", "steps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
+FLAGS = {
+    "64": (None, 64, "self", COSINE),
+    "128": (4, None, "self_legacy", LINEAR),
+    "256": (None, 64, "self_legacy", LINEAR),
+    "256-uncond": (None, 64, "self_legacy", LINEAR),
+    "512": (None, 64, "self_legacy", LINEAR),
+    "64-256": (4, None, "self_legacy", LINEAR),
+    "128-512": (None, 64, "self_legacy", LINEAR),
+}
+
+
+@pytest.mark.parametrize("name", ADM | ADM_UPSAMPLERS)
+def test_what_no_tensor_tells_is_as_the_published_flags_say(name: str) -> None:
+    preset = (ADM | ADM_UPSAMPLERS)[name]
+    unet = preset.unet
+    assert (unet.num_heads, unet.head_channels, unet.attention, preset.schedule) == FLAGS[name]
+
+
+@pytest.mark.parametrize("name", ADM_CLASSIFIERS)
+def test_heads_of_the_classifiers_are_as_published(name: str) -> None:
+    """create_classifier in script_util.py @ 22e0df8 has no other: 64 channels each, the old order of attention."""
+    config = ADM_CLASSIFIERS[name].descent
+    assert (config.num_heads, config.head_channels, config.attention) == (None, 64, "self_legacy")
 
 
 @pytest.mark.parametrize("name", ADM_CLASSIFIERS)

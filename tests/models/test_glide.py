@@ -41,6 +41,21 @@ def test_the_published_networks_have_exactly_these_tensors(name: str) -> None:
     assert shapes(unet, text) == manifest(f"glide_{name}")
 
 
+# What no tensor tells, in model_creation.py @ 69b5307: num_head_channels, xf_heads, noise_schedule. The betas are those
+# of gaussian_diffusion.py.
+COSINE = {"name": "squaredcos_cap_v2", "steps": 1000}
+LINEAR = {"name": "linear", "steps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
+DEFAULTS = {"base": (64, 8, COSINE), "upsample": (64, 8, LINEAR)}
+
+
+@pytest.mark.parametrize("name", GLIDE)
+def test_what_no_tensor_tells_is_as_published(name: str) -> None:
+    preset = GLIDE[name]
+    found = preset.unet.head_channels, preset.text.heads, preset.schedule
+    assert found == DEFAULTS[name.removesuffix("_inpaint")]
+    assert preset.prediction == "epsilon"
+
+
 @pytest.mark.parametrize("name", CLIP)
 def test_the_published_clip_has_exactly_these_tensors(name: str) -> None:
     clip = on_meta(lambda: NoisyClip(NoisyClipConfig()))
