@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from models import layers
 from models import unet as unet_module
-from models.layers import Condition, Conv2d, Upsample, conv_plus, timestep_embedding, zero
+from models.layers import Condition, Conv2d, Upsample, conv_plus, plus, timestep_embedding, zero
 from models.unet import ResBlock
 from models.vae import Downsample, VAEConfig
 
@@ -70,6 +70,13 @@ def test_what_is_told_after_a_convolution(learns: str, images: int) -> None:
     sources = {"nothing": [], "weights": [conv.weight, conv.bias], "emb": [emb]}[learns]
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), sources) for y in (found, wanted) if sources)):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("branch", [torch.bfloat16, torch.float32])
+def test_a_branch_of_another_dtype_rounds_no_sum(branch: torch.dtype) -> None:
+    found = plus(torch.ones(3, dtype=branch), torch.full((3,), 2.0**-10))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [1 + 2**-10] * 3                               # which bfloat16, of 8 bits, does not hold
 
 
 @torch.no_grad()

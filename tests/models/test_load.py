@@ -4,11 +4,13 @@ The peers compute in float64 too. What is left is the order of summation, about 
 depth: 1e-10 of the largest value is far above that and far below any mistake.
 """
 
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from models import LatentModel, ModelError, presets, weights
-from models.files import Weights
+from models import LatentModel, ModelError, configs, presets, weights
+from models.files import Weights, metadata
+from models.text import ClipText
 from models.tokenizer import ClipTokenizer
+from models.vae import VAE
 from models.vocabulary import clip_vocabulary, from_merges
+from models.weights import on_meta
 
 AGREEMENT = 1e-10
 ROOT = Path(__file__).parents[2]
@@ -34,6 +39,38 @@ UNETS: dict[str, dict[str, Any]] = {
     "2.x": {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
 }
 TEXTS: dict[str, dict[str, Any]] = {"1.x": {"hidden_act": "quick_gelu"}, "2.x": {"hidden_act": "gelu"}}
+
+# Subfolder -> every setting of its class, with its default.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    part: {key: each.default for key, each in inspect.signature(kind).parameters.items()}
+    for part, kind in (
+        ("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL),
+        ("scheduler", diffusers.DDIMScheduler),
+    )
+} | {"text_encoder": transformers.CLIPTextConfig().to_dict()}  # fmt: skip
+TRANSLATED = {
+    "unet": {
+        "in_channels", "out_channels", "layers_per_block", "norm_num_groups", "attention_head_dim",
+        "transformer_layers_per_block", "use_linear_projection",
+    },
+    "vae": {"in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor"},
+    "text_encoder": {
+        "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "max_position_embeddings",
+    },
+    "scheduler": {
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr",
+    },
+}  # fmt: skip
+# What else is read, what the tensors' shapes tell, and what has no effect here or none by itself.
+OTHERS = {
+    "unet": {
+        "sample_size", "block_out_channels", "cross_attention_dim", "down_block_types", "up_block_types",
+        "num_attention_heads", "dropout", "upcast_attention", "projection_class_embeddings_input_dim",
+        "class_embeddings_concat", "addition_embed_type_num_heads", "addition_time_embed_dim",
+    },
+    "vae": {"sample_size", "block_out_channels", "out_channels", "down_block_types", "up_block_types", "force_upcast"},
+}  # fmt: skip
+REFUSED = [(part, key) for part in OTHERS for key in DEFAULTS[part].keys() - TRANSLATED[part] - OTHERS[part]]
 
 
 def off(ours: Tensor, theirs: Tensor) -> float:
@@ -239,6 +276,26 @@ class TestFolders:
             models.load(copy)
         assert models.load(copy, prediction="v_prediction").prediction == "v_prediction"
 
+    @pytest.mark.parametrize(
+        ("preset", "pad", "prediction"), [(presets.SD1, 49407, "epsilon"), (presets.SD2_V, 0, None)]
+    )
+    def test_without_tokenizer_and_scheduler_the_text_tells(
+        self, tmp_path: Path, preset: presets.Preset, pad: int, prediction: str | None
+    ) -> None:
+        """Stable Diffusion 1.x is padded with the end token and predicts epsilon, 2.x with "!" and either."""
+        for part, said in (
+            ("unet", configs.write_unet(preset.unet, 64)), ("vae", configs.write_vae(preset.vae, 512)),
+            ("text_encoder", configs.write_text(preset.text, 49406, 49407, pad)),
+        ):  # fmt: skip
+            (tmp_path / part).mkdir()
+            (tmp_path / part / "config.json").write_text(json.dumps(said))
+        if prediction is None:
+            with pytest.raises(ModelError, match="does not say what it predicts"):
+                models.outline(tmp_path)
+        model = models.outline(tmp_path, None if prediction else "v_prediction")
+        assert model.prediction == (prediction or "v_prediction")
+        assert (model.tokenizer.pad, model.schedule) == (pad, presets.SD_SCHEDULE)
+
     def test_the_callers_prediction_wins(self, copy: Path) -> None:
         assert models.load(copy, prediction="v_prediction").prediction == "v_prediction"
         with pytest.raises(ModelError, match="'sample'"):
@@ -276,6 +333,31 @@ class TestFolders:
         with pytest.raises(ModelError) as error:
             models.load(copy)
         assert part in str(error.value) or key == "prediction_type"
+
+    @pytest.mark.parametrize(
+        ("part", "key"), [*sorted(REFUSED), ("text_encoder", "layer_norm_eps"), ("scheduler", "trained_betas")]
+    )
+    def test_every_setting_that_would_be_ignored_is_refused_by_name(self, peer: Pipeline, part: str, key: str) -> None:
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        file = json.loads((peer.folder / part / name).read_text()) | {key: "another"}
+        read = {"unet": configs.read_unet, "vae": configs.read_vae, "text_encoder": configs.read_text}
+        with pytest.raises(ModelError, match=f"here: {key} is 'another'; only"):
+            read.get(part, configs.read_schedule)(file, "here")
+
+    @pytest.mark.parametrize(("part", "key"), sorted((part, key) for part in TRANSLATED for key in TRANSLATED[part]))
+    def test_what_is_not_said_is_the_default_of_the_library(self, copy: Path, part: str, key: str) -> None:
+        file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        said = {name: value for name, value in json.loads(file.read_text()).items() if name != key}
+        found = []
+        for each in (said, said | {key: DEFAULTS[part][key]}):
+            file.write_text(json.dumps(each))
+            found.append(numbers(models.outline(copy)))
+        assert found[0] == found[1]
+
+    def test_the_number_of_heads_by_its_right_name_comes_first(self, copy: Path) -> None:
+        file = copy / "unet" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 16}))
+        assert models.outline(copy).unet.config.num_heads == 16
 
     def test_parts_that_do_not_fit_each_other(self, copy: Path) -> None:
         file = copy / "unet" / "config.json"
@@ -335,6 +417,8 @@ class TestFolders:
             ("unet", {"block_out_channels": "x"}, "unet.* value of a wrong kind"),
             ("unet", {"attention_head_dim": [0, 1]}, "unet.* value of a wrong kind"),
             ("unet", {"attention_head_dim": 5}, "has 32 channels, no multiple of 5"),
+            ("unet", {"attention_head_dim": [2, 4, 4]}, r"\[2, 4, 4\] heads over \[32, 64\] channels"),
+            ("unet", {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "their mirror image are supported"),
             ("text_encoder", {"num_attention_heads": 5}, "cannot be divided among 5 heads"),
             ("scheduler", {"beta_schedule": "foo"}, "no schedule 'foo' is known"),
         ],
@@ -349,6 +433,12 @@ class TestFolders:
         (copy / "vae" / "config.json").write_text("{")
         with pytest.raises(ModelError, match="not readable JSON"):
             models.load(copy)
+
+
+def numbers(model: LatentModel) -> tuple[Any, ...]:
+    """All that configurations say of a model."""
+    networks = model.unet, model.vae, model.text
+    return *(each.config for each in networks), model.tokenizer.length, model.schedule, model.prediction
 
 
 def assert_equal(a: LatentModel, b: LatentModel) -> None:
@@ -391,9 +481,15 @@ class TestSavingFolders:
         for ours, theirs in ((pipe.unet, peer.unet), (pipe.vae, peer.vae), (pipe.text_encoder, peer.text)):
             assert ours.state_dict().keys() == theirs.state_dict().keys()
             assert all(torch.equal(t, theirs.state_dict()[n].float()) for n, t in ours.state_dict().items())
-        for key in ("attention_head_dim", "block_out_channels", "use_linear_projection", "down_block_types"):
+        for key in (
+            "attention_head_dim", "block_out_channels", "use_linear_projection", "down_block_types", "upcast_attention"
+        ):
             assert as_list(pipe.unet.config[key]) == as_list(peer.unet.config[key]), key
         assert pipe.scheduler.config.prediction_type == ("epsilon" if peer.form == "1.x" else "v_prediction")
+        said = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}         # as published
+        assert said.items() <= dict(pipe.scheduler.config).items()
+        text, tokens = pipe.text_encoder.config, peer.tokenizer
+        assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (tokens.begin, tokens.end, tokens.pad)
         assert pipe.tokenizer("a dog", padding="max_length")["input_ids"] == (
             peer.tokenizer.encode(["a dog"]).ids[0].tolist()
         )
@@ -456,8 +552,6 @@ class TestSavingFolders:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_stem_that_diffusers_cannot_say(self, tmp_path: Path) -> None:
-        from dataclasses import replace
-
         wide = replace(presets.TINY, unet=replace(presets.TINY.unet, channel_mult=(2, 4)))
         with pytest.raises(ModelError, match="begin with 1"):
             models.save(presets.untrained(wide), tmp_path / "model")
@@ -469,8 +563,6 @@ class TestSavingFolders:
 
 def single(form: str) -> presets.Preset:
     """A model as small as a single file can say what it is: its text has the family's width."""
-    from dataclasses import replace
-
     tiny, sd = presets.TINY, presets.SD1 if form == "1.x" else presets.SD2_V
     text = replace(sd.text, layers=2, mlp_width=64)
     heads = {"num_heads": 8} if form == "1.x" else {"num_heads": None, "head_channels": 64}
@@ -545,6 +637,8 @@ class TestSingleFiles:
         assert_same_tensors(tmp_path / "file.safetensors", file)
 
     def test_prediction(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        said = "epsilon" if model.family == "sd1" else "v"                                # the specification's words
+        assert metadata(file)["modelspec.prediction_type"] == said
         save_file(load_file(file), tmp_path / "silent.safetensors")
         if model.family == "sd1":
             assert models.load(tmp_path / "silent.safetensors").prediction == "epsilon"
@@ -594,9 +688,16 @@ class TestSingleFiles:
     def test_what_a_single_file_cannot_say_is_refused(self, model: LatentModel, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="neither Stable Diffusion 1.x"):
             models.save(presets.untrained(presets.TINY), tmp_path / "tiny.safetensors", "single")
-        linear = dict(vars(model)) | {"schedule": {"name": "linear"}}
-        with pytest.raises(ModelError, match="the noise schedule"):
-            models.save(LatentModel(**linear), tmp_path / "linear.safetensors", "single")
+        vae, text, merges = model.vae.config, model.text.config, model.tokenizer.vocabulary.merges
+        swapped = ClipTokenizer(from_merges([*merges[:-2], merges[-1], merges[-2]]), text.length, model.tokenizer.pad)
+        for what, other in (
+            ("the VAE", {"vae": on_meta(lambda: VAE(replace(vae, scale=0.3)))}),
+            ("the text transformer", {"text": on_meta(lambda: ClipText(replace(text, heads=1)))}),
+            ("the vocabulary", {"tokenizer": swapped}),
+            ("the noise schedule", {"schedule": {"name": "linear"}}),
+        ):
+            with pytest.raises(ModelError, match=f"cannot hold {what} of"):
+                models.save(LatentModel(**dict(vars(model)) | other), tmp_path / "other.safetensors", "single")
         assert list(tmp_path.iterdir()) == []
 
 
