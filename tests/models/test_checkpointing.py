@@ -1,5 +1,6 @@
 """Checkpoints: the same gradients to the bit, in less memory, whatever needs a gradient."""
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -114,6 +115,31 @@ def test_an_input_that_is_changed_in_place_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="changed an input in place"):
         checkpoint(lambda a, b: a.mul_(2) * b, a, b)
     assert not torch.no_grad()(records)()                       # nothing is left behind
+
+
+def test_another_thread_s_first_run_is_not_recorded_here() -> None:
+    entered, asked, there = threading.Event(), threading.Event(), []
+
+    def wait(x: Tensor) -> Tensor:
+        there.append(records())
+        entered.set()
+        asked.wait(10)
+        return x.sin()
+
+    thread = threading.Thread(target=checkpoint, args=(wait, numbers(3).requires_grad_()))
+    thread.start()
+    assert entered.wait(10)
+    here = torch.no_grad()(records)()
+    asked.set()
+    thread.join()
+    assert (there, here) == ([True], False)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    x = numbers(3).requires_grad_()
+    (first,) = torch.autograd.grad((checkpoint(lambda x: x**3, x) * x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        first.sum().backward()
 
 
 def test_a_list_of_outputs_is_as_good_as_a_tuple() -> None:

@@ -73,6 +73,22 @@ def test_geglu() -> None:
     assert_equal(geglu, theirs, numbers(2, 3, 8).requires_grad_())
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: conv2d(x, numbers(4, 4, 3, 3), None),
+        geglu,
+        lambda x: frozen_group_norm(x, numbers(4), numbers(4, seed=1), 2, 1e-5, True),
+    ],
+    ids=["convolution", "geglu", "group norm"],
+)
+def test_a_second_derivative_is_an_error(operation: Callable[[Tensor], Tensor]) -> None:
+    x = numbers(2, 4, 6, 6).requires_grad_()
+    (first,) = torch.autograd.grad(operation(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        first.sum().backward()
+
+
 def test_a_mean_far_from_zero_does_not_drown_the_variance() -> None:
     """torch's kernel for channels-last maps leaves 1e-2 here."""
     x = (100 + numbers(2, 64, 16, 16)).float().contiguous(memory_format=torch.channels_last)

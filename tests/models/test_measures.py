@@ -3,6 +3,8 @@
 With weights that want a gradient all operations are autograd's own, in the plain memory layout: that is the twin.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 from benchmarks._saved_bytes import SavedBytes
 from models import bands
 from models.attend import AttentionKind
-from models.attention import ImageAttention, JointAttention, SpatialTransformer
+from models.attention import ImageAttention, JointAttention, SpatialTransformer, TransformerBlock
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
+from models.layers import Condition
 from models.unet import ResBlock, UNet, UNetConfig
 from tests.tiny import randomise
 
@@ -160,6 +163,25 @@ def test_a_checkpoint_keeps_its_inputs_and_nothing_else(kind: str) -> None:
         unet(inputs(torch.float32)["x"], torch.tensor([3, 700]), context, pooled, "blocks")
     last_norm = 2 * 4 * len(inputs(torch.float32)["x"]) * unet.out[0].num_channels      # its statistics, in float32
     assert counter.bytes - sum(storage.nbytes() for storage in storages.values()) in (0, last_norm)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "branches"),
+    [
+        (lambda: TransformerBlock(32, 24, 2), (2, 64, 32), 3),
+        (lambda: JointAttention(32, 24, 2, 8), (2, 32, 8, 8), 1),
+        (lambda: ImageAttention(32, 2, 8, True), (2, 32, 8, 8), 1),
+    ],
+    ids=["transformer", "joint", "self"],
+)
+def test_of_each_attention_and_feed_forward_the_attention_level_keeps_the_inputs(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], branches: int
+) -> None:
+    part = make().requires_grad_(False)
+    x, context = torch.randn(shape, requires_grad=True), inputs(torch.float32)["context"]
+    with SavedBytes(*part.parameters()) as counter:
+        part(x, Condition(torch.zeros(2, 1), context, "attention"))
+    assert counter.bytes == branches * x.nbytes + (0 if isinstance(part, ImageAttention) else context.nbytes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,6 +77,13 @@ def test_only_the_gradients_that_are_asked_for() -> None:
     torch.testing.assert_close(torch.autograd.grad(frozen, k, g)[0], wanted, rtol=0, atol=1e-13)
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    q, k, v, _ = inputs(5, 5, torch.float64)
+    (first,) = torch.autograd.grad(sliced_attention(q, k, v, rows=2).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        first.sum().backward()
+
+
 def test_slices_follow_the_byte_budget() -> None:
     q, k = torch.empty(2, 8, 4096, 40, device="meta"), torch.empty(2, 8, 77, 40, device="meta")
     assert slice_size(q, q, budget=4 * 4096 * 100) == (1, 100)
