@@ -129,3 +129,4 @@ def test_in_bfloat16_the_kernels_of_a_doubling_are_summed_before_they_are_rounde
 def test_small_maps_stay_whole() -> None:
     assert not bands.is_large(torch.empty(2, 960, 64, 64, dtype=torch.bfloat16))
     assert bands.is_large(torch.empty(1, 256, 256, 256, dtype=torch.bfloat16))
+    assert not bands.is_large(torch.empty(1, 256, 256, 256, dtype=torch.bfloat16, device="meta"))      # no CPU's

@@ -87,6 +87,13 @@ class TestModel:
             replace(tiny_classes(), **change)
 
 
+    def test_an_upsampler_moves_along(self) -> None:
+        model = replace(tiny_classes(), upsampler=tiny_classes(factor=4))
+        assert model.to("meta") is model
+        networks = (model.unet, model.upsampler.unet)
+        assert all(parameter.is_meta for network in networks for parameter in network.parameters())
+
+
 class TestShapes:
     @pytest.mark.parametrize("name", ADM | ADM_UPSAMPLERS)
     def test_the_published_models_are_recognised(self, name: str) -> None:

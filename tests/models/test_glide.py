@@ -167,6 +167,12 @@ class TestModel:
         with pytest.raises(ModelError, match="vocabulary"):
             replace(model, tokenizer=GlideTokenizer.gpt2(24))
 
+    def test_an_upsampler_moves_along(self) -> None:
+        model = replace(tiny_glide(), upsampler=tiny_glide(factor=4))
+        assert model.to("meta") is model
+        networks = (model.unet, model.text, model.upsampler.unet, model.upsampler.text)
+        assert all(parameter.is_meta for network in networks for parameter in network.parameters())
+
     def test_a_size_that_cannot_be_halved(self) -> None:
         with pytest.raises(ModelError, match="multiples of 2"):
             tiny_glide().x0_shape(15, 16)
@@ -214,8 +220,9 @@ class TestFiles:
         models.save(tiny_glide(), tmp_path / "base.safetensors")
         assert models.load(tmp_path).upsampler is None
         models.save(tiny_glide(1, factor=4), tmp_path / "upsample.safetensors")
-        model = models.load(tmp_path)
+        model = models.load(tmp_path, checkpointing="blocks", attention="sliced")
         assert (model.source, model.factor, model.upsampler.factor) == (str(tmp_path), 1, 4)
+        assert (model.upsampler.checkpointing, model.upsampler.attention) == ("blocks", "sliced")
         assert torch.equal(model.upsampler.unet.out[2].weight, tiny_glide(1, factor=4).unet.out[2].weight)
 
     def test_a_file_of_another_kind_is_called_by_its_name(self, tmp_path: Path) -> None:
@@ -317,6 +324,15 @@ class TestFiles:
         save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
         with pytest.raises(ModelError, match="exists"):
             models.save(tiny_glide(), tmp_path / "x.safetensors")
+
+    def test_failure_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(tiny_glide(), tmp_path / "small.safetensors")
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_file_that_lacks_a_tensor(self, tmp_path: Path) -> None:
         from safetensors import safe_open

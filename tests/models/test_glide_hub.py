@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models
-from models import ModelError, glide_hub
+from models import ModelError, fetching, glide_hub
 from models.presets import GLIDE, GlidePreset
 from tests.tiny import tiny_glide
 
@@ -95,6 +95,43 @@ def test_a_broken_download_goes_on_where_it_broke_off(server: type[Server], tmp_
     models.load("glide")
     assert server.begun == [("base.pt", 0), ("base.pt", 1000 if ranges else 0), ("upsample.pt", 0)]
     assert (tmp_path / "cache/oneword/glide/base.pt").read_bytes() == server.files["base.pt"]
+
+
+def test_a_part_that_another_process_appends_to_is_no_file(server: type[Server], tmp_path: Path) -> None:
+    server.most = 1000
+    with pytest.raises(ModelError, match="ended after 1000 of"):
+        models.load("glide")
+    part, answer = tmp_path / "cache/oneword/glide/base.pt.part", server.do_GET
+
+    def both(self: Server) -> None:
+        with open(part, "ab") as file:
+            file.write(b"theirs")
+        answer(self)
+
+    server.most, server.do_GET, length = 10**9, both, len(server.files["base.pt"])
+    with pytest.raises(ModelError, match=f"ended after {length + 6} of {length} bytes"):
+        models.load("glide")
+    assert files(tmp_path) == ["base.pt.part"]
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.1)
+    server.do_GET = lambda self: answered.wait(3)
+    with pytest.raises(ModelError, match=r"base\.pt cannot be fetched \(timed out\)"):
+        models.load("glide")
+    answered.set()
+
+
+@pytest.mark.parametrize("said", [None, ""])
+def test_without_a_folder_for_caches_there_is_the_user_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if said is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", said)
+    assert fetching.cache("glide") == tmp_path / ".cache/oneword/glide"
 
 
 def test_a_part_that_is_all_there_is_fetched_anew(server: type[Server], tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def test_only_learned_vectors_receive_a_gradient(model: LatentModel) -> None:
     assert all(p.grad is None for net in (model.unet, model.vae, model.text) for p in net.parameters())
 
 
+def test_images_and_latents_keep_nothing_for_a_gradient(model: LatentModel) -> None:
+    assert not model.decode(torch.randn(1, 4, 8, 8, requires_grad=True)).requires_grad
+    assert not model.moments(torch.rand(1, 3, 16, 16, requires_grad=True)).requires_grad
+
+
 def test_times_may_lie_between(model: LatentModel) -> None:
     features = TextFeatures(torch.randn(1, 32, 32))
     first, between, last = (

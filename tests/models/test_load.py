@@ -6,6 +6,7 @@ depth: 1e-10 of the largest value is far above that and far below any mistake.
 
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -557,6 +558,24 @@ class TestSavingFolders:
             models.save(model, tmp_path / "run")
         assert list(tmp_path.iterdir()) == []
 
+    def test_failure_of_the_last_step_leaves_what_is_the_user_s(
+        self, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replace = os.replace
+
+        def fail(source: Path, place: Path) -> None:
+            if Path(place) == copy:
+                raise OSError("disk full")
+            replace(source, place)
+
+        model = models.load(copy)
+        (copy / "model_index.json").write_text("{}")
+        (copy / "README.md").write_text("mine")
+        monkeypatch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(model, copy)
+        assert [file.read_text() for file in copy.parent.rglob("README.md")] == ["mine"]
+
     def test_a_stem_that_diffusers_cannot_say(self, tmp_path: Path) -> None:
         wide = replace(presets.TINY, unet=replace(presets.TINY.unet, channel_mult=(2, 4)))
         with pytest.raises(ModelError, match="begin with 1"):
@@ -690,6 +709,15 @@ class TestSingleFiles:
         with pytest.raises(ModelError, match=r"written as \.safetensors"):
             models.save(model, tmp_path / "model.ckpt", "single")
         assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+    def test_failure_leaves_nothing(self, model: LatentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(model, tmp_path / "model.safetensors", "single")
+        assert list(tmp_path.iterdir()) == []
 
     def test_what_a_single_file_cannot_say_is_refused(self, model: LatentModel, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="neither Stable Diffusion 1.x"):

@@ -4,7 +4,7 @@ import copy
 import itertools
 import pickle
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +19,7 @@ from models import ModelError, streaming
 from models.mapped import Mapped
 from models.setting import Setting, place
 from models.streaming import PLACES, CopyAtOnce, CopyBeside, Window, computing_with, extent, parameters_of
-from tests.tiny import tiny_glide, tiny_model
+from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 CPU = torch.device("cpu")
 IDLE, STREAM = Setting(torch.float32, offload="idle"), Setting(torch.float32, "blocks", offload="stream")
@@ -521,8 +521,9 @@ def test_settings_that_cannot_be() -> None:
         models.load("emoji", device="cpu", offload="all")
 
 
-def test_a_model_with_places_is_not_moved() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide, tiny_classes])
+def test_a_model_with_places_is_not_moved(make: Callable[[], Any]) -> None:
+    model = make()
     place(model, IDLE, CPU)
     with pytest.raises(ModelError, match="was loaded with offload idle for cpu: load it anew"):
         model.to("cpu")
