@@ -19,11 +19,12 @@ import diffusers
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from models import LatentModel, ModelError, configs, presets, weights
+from models import LatentModel, ModelError, configs, hub, presets, weights
 from models.files import Weights, metadata
 from models.text import ClipText
 from models.tokenizer import ClipTokenizer
@@ -774,6 +775,62 @@ class TestNames:
         assert len(asked) == 1
         assert "unet/diffusion_pytorch_model.safetensors" in asked[0]
         assert not any(pattern.endswith(".bin") for pattern in asked[0])
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_of_a_repository_what_is_read_is_asked_for(
+        self, peer: Pipeline, monkeypatch: pytest.MonkeyPatch, variant: str | None
+    ) -> None:
+        """Through the filter of the hub's client, whose shards have had their variant in two places."""
+        settings = [
+            "model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer/vocab.json",
+            "unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        ]  # fmt: skip
+        weights = {
+            None: [
+                "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors",
+                "text_encoder/model.safetensors", "text_encoder/pytorch_model.safetensors",
+            ],
+            "fp16": [
+                "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+                "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+                "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
+            ],
+        }  # fmt: skip
+        others = [
+            "README.md", "v1-5-pruned.safetensors", "safety_checker/model.safetensors", "text_encoder/model.bin",
+            "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        ]  # fmt: skip
+        asked: list[list[str]] = []
+
+        def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+            asked.append(allow_patterns)
+            return str(peer.folder)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        hub.download("someone/tiny", variant)
+        of_others = weights["fp16" if variant is None else None][-1:]
+        there = [*settings, *weights[variant], *of_others, *others]
+        assert list(filter_repo_objects(there, allow_patterns=asked[0])) == [*settings, *weights[variant]]
+
+    def test_a_repository_is_cached_once_all_its_settings_are(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In the layout of the hub's client, which also notes that a file does not exist."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        repository = tmp_path / "models--someone--tiny"
+        snapshot, missing = repository / "snapshots" / "1a", repository / ".no_exist" / "1a"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("1a")
+        for folder, part in ((snapshot, "unet"), (snapshot, "vae"), (missing, "text_encoder")):
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").touch()
+        assert hub.cached("someone/tiny") is None
+        (missing / "text_encoder").rename(snapshot / "text_encoder")
+        assert hub.cached("someone/tiny") == snapshot
+
+    def test_an_id_that_no_repository_can_have(self) -> None:
+        with pytest.raises(ModelError, match="someone/some--model cannot be fetched from the hub"):
+            models.load("someone/some--model")
 
     def test_a_hub_id_without_safetensors(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[list[str]] = []
