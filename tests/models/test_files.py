@@ -36,6 +36,26 @@ class Malice:
         return os.makedirs, (self.path, 0o777, True)
 
 
+class Losses(list):
+    """A list of a trainer's own."""
+
+
+class Options(dict):
+    """And a dictionary."""
+
+
+class OldTensor:
+    """A tensor as torch wrote it before 0.4."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        t = self.tensor
+        storage = torch.storage.TypedStorage(wrap_storage=t.untyped_storage(), dtype=t.dtype, _internal=True)
+        return torch._utils._rebuild_tensor, (storage, t.storage_offset(), tuple(t.shape), t.stride())
+
+
 class TestPickles:
     def test_a_checkpoint_that_names_foreign_classes(self) -> None:
         with pytest.raises(pickle.UnpicklingError):
@@ -84,6 +104,17 @@ class TestPickles:
         content = read_pickle(tmp_path / "file.pt")
         assert isinstance(content["path"], Inert)
         assert content["string_to_param"].state["_parameters"]["*"].tolist() == [1, 1, 1]
+
+    def test_foreign_lists_and_dictionaries_are_filled_and_forgotten(self, tmp_path: Path) -> None:
+        content = {"state_dict": STATE, "losses": Losses([0.5, 0.25]), "options": Options(rate=1e-4, steps=10)}
+        torch.save(content, tmp_path / "file.ckpt")
+        assert_holds_state(open_tensors(tmp_path / "file.ckpt"))
+        found = read_pickle(tmp_path / "file.ckpt")
+        assert all(isinstance(found[name], Inert) for name in ("losses", "options"))
+
+    def test_tensors_of_the_oldest_torch(self, tmp_path: Path) -> None:
+        torch.save({key: OldTensor(t) for key, t in STATE.items()}, tmp_path / "old.pt")
+        assert_holds_state(open_tensors(tmp_path / "old.pt"))
 
     def test_the_oldest_container(self, tmp_path: Path) -> None:
         torch.save(STATE, tmp_path / "old.bin", _use_new_zipfile_serialization=False)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import ModelError, presets
-from models.files import Weights
+from models.files import Weights, metadata
 from models.renaming import LAYOUTS
 from models.text import ClipText
 from models.vae import VAE
@@ -164,6 +164,12 @@ class TestDtype:
     def test_others_are_refused(self, wanted: object) -> None:
         with pytest.raises(ModelError, match="'auto'"):
             choose_dtype(wanted, torch.float32, CPU)
+
+
+def test_a_written_file_says_that_it_is_of_torch(tmp_path: Path) -> None:
+    """transformers 4 refuses metadata that do not."""
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"of": "ours"})
+    assert metadata(tmp_path / "x.safetensors") == {"format": "pt", "of": "ours"}
 
 
 def test_a_written_file_has_the_permissions_of_other_files(tmp_path: Path) -> None:
