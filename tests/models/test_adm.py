@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models import ModelError
+from models.class_names import ClassNames
 from models.classifier import Classifier, ClassifierConfig
 from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS
 from models.unet import UNet, UNetConfig
@@ -80,6 +81,8 @@ def test_a_classifier_of_another_size_or_channel_count() -> None:
             tiny()(wrong, torch.tensor([5]))
     with pytest.raises(ModelError, match="multiple of 2"):
         ClassifierConfig(tiny().config, 15)
+    with pytest.raises(ModelError, match="2 names for 5 classes: a, b"):
+        Classifier(ClassifierConfig(tiny().config, 16), ClassNames(("a", "b")))
 
 
 def test_a_network_that_reads_no_text_needs_none() -> None:

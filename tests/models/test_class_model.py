@@ -14,7 +14,7 @@ from models import ClassModel, ModelError
 from models.class_model import ClassTokenizer
 from models.class_names import ClassNames
 from models.class_shapes import certain
-from models.classifier import Classifier
+from models.classifier import Classifier, ClassifierConfig
 from models.files import metadata
 from models.presets import ADM, ADM_UPSAMPLERS, ClassPreset
 from models.unet import UNet, UNetConfig
@@ -31,7 +31,7 @@ class TestTokenizer:
         assert tokens.ids.tolist() == [[1], [0], [2], [3], [2]]           # the class called 3 goes before the number
         assert tokens.mask.tolist() == [[True], [True], [True], [False], [True]]
 
-    @pytest.mark.parametrize("wrong", ["4", "owl", -1, 3, "-1", ""])
+    @pytest.mark.parametrize("wrong", ["4", "owl", -1, 3, "-1", "", "²"])
     def test_a_class_that_there_is_not(self, wrong: str | int) -> None:
         with pytest.raises(ModelError, match="there are 3: dog, cat, 3"):
             PETS.index(wrong)
@@ -67,6 +67,13 @@ class TestModel:
         assert model.encode_text(model.tokenizer.encode(["", ""])) == (None, None)
         with pytest.raises(ModelError, match="knows no classes, 'dog' neither"):
             model.tokenizer.encode(["dog"])
+
+    def test_what_is_drawn_by_default_has_no_more_steps_than_its_process(self) -> None:
+        """250, as in guided-diffusion's README, and only a model that draws by itself guides itself."""
+        model = tiny_classes()
+        assert (model.sampling.steps, model.sampling.scale) == ("250", 2)
+        assert replace(model, schedule={"name": "linear", "steps": 10}).sampling.steps == "10"
+        assert tiny_classes(factor=4).sampling.scale == 1
 
     def test_without_the_null_label_there_is_nothing_to_guide_away_from(self) -> None:
         model = replace(tiny_classes(), null=False)
@@ -119,6 +126,18 @@ class TestShapes:
         assert len(found) == 10
 
 
+    @pytest.mark.parametrize(
+        ("without", "stages"),
+        [(("output_blocks.3.1.",), 6), (("output_blocks.3.1.", "output_blocks.5."), 5), (("output_blocks.1.1.",), 6)],
+    )
+    def test_levels_of_unlike_many_blocks_are_no_such_network(self, without: tuple[str, ...], stages: int) -> None:
+        """Of three levels of two: what doubles at the end of a level, and the last stage."""
+        unet = on_meta(lambda: UNet(UNetConfig(3, 3, 32, (1, 1, 1), 1, (), 2, None, 0, attention="self")))
+        found = {name: shape for name, shape in shapes(unet).items() if not name.startswith(without)}
+        with pytest.raises(ModelError, match=f"it: its {stages} output blocks are not levels of equally many"):
+            certain(found, "it")
+
+
 def _told(preset: ClassPreset, found: dict) -> dict:
     return {key: getattr(preset.unet, key) for key in found}
 
@@ -161,6 +180,8 @@ class TestFiles:
         path = bare(tiny_classes(factor=4), tmp_path / "x.pt")
         with pytest.raises(ModelError, match="with factor, how many times"):
             models.load(path, config=SAID)
+        with pytest.raises(ModelError, match="factor is 0, not a whole number"):
+            models.load(path, config=SAID | {"factor": 0})
         assert models.load(path, config=SAID | {"factor": 4}, device="cpu").factor == 4
 
     @pytest.mark.parametrize(
@@ -169,6 +190,7 @@ class TestFiles:
             ({"model_channels": 32}, "config takes .* not model_channels"),
             ({"attention": "joint"}, "attention is 'joint', not 'self'"),
             ({"resolution": "16"}, "resolution is '16', not a whole number"),
+            ({"resolution": 0}, "resolution is 0, not a whole number"),
             ({"schedule": "bad"}, "no schedule 'bad'"),
             ({"num_heads": 2}, "not both"),
         ],
@@ -204,13 +226,15 @@ class TestFiles:
         assert (again.names, again.image_size, again.config) == (network.names, 16, network.config)
         ours, theirs = network.state_dict(), again.state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
+        with pytest.raises(ModelError, match="describes itself: leave config out"):
+            models.load_classifier(tmp_path / "x.safetensors", config=ClassifierConfig(network.config, 16))
 
     def test_a_bare_classifier_needs_its_numbers(self, tmp_path: Path) -> None:
         network = named_classifier()
         torch.save(network.state_dict(), tmp_path / "x.pt")
         with pytest.raises(ModelError, match=r"none of guided-diffusion's published classifiers.*config=Class"):
             models.load_classifier(tmp_path / "x.pt")
-        config = models.classifier.ClassifierConfig(network.config, 16)
+        config = ClassifierConfig(network.config, 16)
         again = models.load_classifier(tmp_path / "x.pt", device="cpu", config=config)
         assert torch.equal(again.out[2].c_proj.weight, network.out[2].c_proj.weight)
 
@@ -247,7 +271,7 @@ class TestFiles:
 
 def named_classifier() -> Classifier:
     network = tiny()
-    return Classifier(models.classifier.ClassifierConfig(network.config, 16), ClassNames(tuple("abcde")))
+    return Classifier(ClassifierConfig(network.config, 16), ClassNames(tuple("abcde")))
 
 
 def _without(model: ClassModel, path: Path, name: str) -> Path:
