@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import models
-from models import GlideModel, ModelError
+from models import ClipTokenizer, GlideModel, ModelError, noisy_clip
 from models.glide_file import read_glide
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
@@ -99,12 +99,18 @@ class TestTokenizer:
         assert tokenizer.tokens_of("dog") == tokenizer.encode(["a dog"]).ids[0, 1:2].tolist()
         assert tokenizer.tokens_of("  ") == []
 
+    def test_the_clip_s_entities_become_what_they_stand_for_once_and_again(self) -> None:
+        clip = noisy_clip.tokenizer()
+        assert clip.tokens_of("&amp;lt;") == clip.tokens_of("&lt;") == clip.tokens_of("<")
+        assert clip.tokens_of("&amp;amp;lt;") == ClipTokenizer.clip().tokens_of("&lt;")
+
     def test_one_learned_from_captions_knows_their_words(self) -> None:
         tokenizer = tiny_glide_tokenizer()
         assert len(tokenizer.tokens_of("white")) == 1
         text = "an Übergroßer dog 🐶"
         ids = tokenizer.encode([text])
         assert tokenizer.decode(ids.ids[ids.mask].tolist()) == text.lower()
+        assert GlideTokenizer.train(["DOG"], 300).is_word("dog")
         with pytest.raises(ModelError, match="no room"):
             GlideTokenizer.train(["a"], 200)
 
@@ -166,6 +172,10 @@ class TestModel:
             replace(model, inpaints=True)
         with pytest.raises(ModelError, match="vocabulary"):
             replace(model, tokenizer=GlideTokenizer.gpt2(24))
+        with pytest.raises(ModelError, match="tokenizer's length and the text's differ, 12 and 24"):
+            replace(model, tokenizer=GlideTokenizer(model.tokenizer.merges, 12))
+        with pytest.raises(ModelError, match="time embedding and the pooled text differ, 128 and 64"):
+            replace(model, text=GlideText(replace(model.text.config, pooled_dim=64)))
 
     def test_an_upsampler_moves_along(self) -> None:
         model = replace(tiny_glide(), upsampler=tiny_glide(factor=4))
@@ -173,9 +183,10 @@ class TestModel:
         networks = (model.unet, model.text, model.upsampler.unet, model.upsampler.text)
         assert all(parameter.is_meta for network in networks for parameter in network.parameters())
 
-    def test_a_size_that_cannot_be_halved(self) -> None:
-        with pytest.raises(ModelError, match="multiples of 2"):
-            tiny_glide().x0_shape(15, 16)
+    @pytest.mark.parametrize(("height", "width"), [(15, 16), (16, 15), (0, 16), (16, 0), (-2, 16), (16, -2)])
+    def test_a_size_that_cannot_be_halved(self, height: int, width: int) -> None:
+        with pytest.raises(ModelError, match=f"{width}x{height} pixels .* multiples of 2"):
+            tiny_glide().x0_shape(height, width)
 
 
 class TestClipFiles:
@@ -194,6 +205,8 @@ class TestClipFiles:
         given = [each.similarity(each.encode_text(["a dog"]), x, t) for each in (clip, again)]
         assert torch.equal(*given)
         assert not any(parameter.requires_grad for parameter in again.parameters())
+        half = models.load_noisy_clip(tmp_path, "bfloat16", "cpu")
+        assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
         torch.save(clip.text_encoder.state_dict(), tmp_path / "clip_image_enc.pt")
         with pytest.raises(ModelError, match="missing"):
             models.load_noisy_clip(tmp_path)
@@ -224,6 +237,12 @@ class TestFiles:
         assert (model.source, model.factor, model.upsampler.factor) == (str(tmp_path), 1, 4)
         assert (model.upsampler.checkpointing, model.upsampler.attention) == ("blocks", "sliced")
         assert torch.equal(model.upsampler.unet.out[2].weight, tiny_glide(1, factor=4).unet.out[2].weight)
+        assert models.load(tmp_path, upsampler=False).upsampler is None
+
+    def test_what_describes_itself_goes_before_a_bare_file(self, tmp_path: Path) -> None:
+        (tmp_path / "base.pt").write_bytes(b"of another time")
+        models.save(tiny_glide(), tmp_path / "base.safetensors")
+        assert torch.equal(models.load(tmp_path).unet.out[2].weight, tiny_glide().unet.out[2].weight)
 
     def test_a_file_of_another_kind_is_called_by_its_name(self, tmp_path: Path) -> None:
         names = {"model.diffusion_model.out.2.weight": "a Stable Diffusion checkpoint", "x": "none of the kinds"}

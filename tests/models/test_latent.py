@@ -152,6 +152,11 @@ class TestParts:
             LatentModel(**(vars(model) | change))
 
 
+    def test_a_tokenizer_of_another_length_is_refused(self, model: LatentModel) -> None:
+        with pytest.raises(ModelError, match="tokenizer's length and the text's differ, 8 and 32"):
+            replace(model, tokenizer=ClipTokenizer(model.tokenizer.vocabulary, 8))
+
+
 class TestPresets:
     def test_the_published_models(self) -> None:
         assert {

@@ -174,6 +174,11 @@ class TestAgainstDiffusers:
             theirs = peer(x_t, t, context).sample
         assert off(ours.predict(x_t, t, models.TextFeatures(context)), theirs) < AGREEMENT
 
+    def test_images_are_drawn_as_its_pipeline_does_by_default(self, ours: LatentModel) -> None:
+        theirs = inspect.signature(diffusers.StableDiffusionPipeline.__call__).parameters
+        assert ours.sampling.scale == theirs["guidance_scale"].default
+        assert ours.sampling.steps == theirs["num_inference_steps"].default
+
     def test_moments(self, ours: LatentModel, peer: Pipeline) -> None:
         images = torch.rand(2, 3, 16, 24).double() * 2 - 1
         with torch.no_grad():
@@ -423,9 +428,11 @@ class TestFolders:
         [
             ("unet", {"block_out_channels": "x"}, "unet.* value of a wrong kind"),
             ("unet", {"attention_head_dim": [0, 1]}, "unet.* value of a wrong kind"),
+            ("unet", {"sample_size": "x"}, "unet.* value of a wrong kind"),
             ("unet", {"attention_head_dim": 5}, "has 32 channels, no multiple of 5"),
             ("unet", {"attention_head_dim": [2, 4, 4]}, r"\[2, 4, 4\] heads over \[32, 64\] channels"),
             ("unet", {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "their mirror image are supported"),
+            ("unet", {"norm_num_groups": 5}, r"has 32 channels, no multiple of 5 \(norm_groups\)"),
             ("text_encoder", {"num_attention_heads": 5}, "cannot be divided among 5 heads"),
             ("scheduler", {"beta_schedule": "foo"}, "no schedule 'foo' is known"),
         ],
@@ -888,6 +895,13 @@ def test_a_schedule_without_betas_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not say its betas"):
         models.save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_may_be_saved_into(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    model = presets.untrained(presets.TINY)
+    models.save(model, tmp_path / "model")
+    assert_equal(models.load(tmp_path / "model"), model)
 
 
 def test_saving_over_a_model_leaves_its_neighbours_alone(tmp_path: Path) -> None:

@@ -136,10 +136,11 @@ def test_one_image_may_be_told_several_texts(kind: str, pooled: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
-def test_images_that_do_not_divide_the_texts() -> None:
+@pytest.mark.parametrize("images", [0, 3])
+def test_images_that_do_not_divide_the_texts(images: int) -> None:
     unet, given = network("transformer", torch.float32), inputs(torch.float32)
-    with pytest.raises(ModelError, match="3 images for 2 texts"):
-        unet(torch.zeros(3, 4, 8, 8), torch.zeros(3), given["context"])
+    with pytest.raises(ModelError, match=f"{images} images for 2 texts"):
+        unet(torch.zeros(images, 4, 8, 8), torch.zeros(images), given["context"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -201,6 +201,12 @@ class TestFolders:
         (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "!", "lstrip": false}}')
         assert ClipTokenizer.from_folder(tmp_path).pad == 0
 
+    def test_a_padding_token_that_there_is_not(self, tmp_path: Path) -> None:
+        ClipTokenizer.train(CAPTIONS, 540, 16).save(tmp_path)
+        (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
+        with pytest.raises(ModelError, match="the padding token '<pad>' of .* is not in its vocabulary"):
+            ClipTokenizer.from_folder(tmp_path)
+
     def test_lengths_that_were_never_set(self, tmp_path: Path) -> None:
         ClipTokenizer.train(CAPTIONS, 540, 16).save(tmp_path)
         (tmp_path / "tokenizer_config.json").write_text(
@@ -243,6 +249,12 @@ class TestFolders:
             ClipTokenizer.from_folder(tmp_path)
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}, "merges": [5]}}))
         with pytest.raises(ModelError, match="a merge joins two tokens; found 5"):
+            ClipTokenizer.from_folder(tmp_path)
+
+    def test_merges_that_are_no_text(self, tmp_path: Path) -> None:
+        ClipTokenizer.train(CAPTIONS, 540, 16).save(tmp_path)
+        (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\n\xff \xfe\n")
+        with pytest.raises(ModelError, match=r"merges\.txt is no text in UTF-8"):
             ClipTokenizer.from_folder(tmp_path)
 
     def test_a_merge_joins_two(self, tmp_path: Path) -> None:
