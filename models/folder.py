@@ -141,7 +141,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def _replace(path: Path, new: Path) -> None:
-    """Put a folder in the place of another, with what else lay there; the old one is moved aside and removed last."""
+    """Put a folder in the place of another, with what else lay there; the old one is moved aside and removed last.
+
+    It is moved back if the new one cannot take its place.
+    """
     old = _own_name(path, "old")
     if path.exists():
         for other in path.iterdir():
@@ -149,7 +152,12 @@ def _replace(path: Path, new: Path) -> None:
                 copy = shutil.copytree if other.is_dir() else shutil.copy2
                 copy(other, new / other.name)
         os.replace(path, old)
-    os.replace(new, path)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -36,9 +36,12 @@ def download(repository: str, variant: str | None) -> Path:
 
 def cached(repository: str) -> Path | None:
     """The local folder of a repository, if its settings are in the download cache; nothing is fetched."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    files = [try_to_load_from_cache(repository, f"{part}/config.json") for part in STEMS]
+    try:
+        files = [try_to_load_from_cache(repository, f"{part}/config.json") for part in STEMS]
+    except errors.HFValidationError:            # no id that a repository could have
+        return None
     return Path(files[0]).parents[1] if all(isinstance(file, str) for file in files) else None
 
 
@@ -46,7 +49,8 @@ def _fetch(repository: str, variant: str | None, suffix: str) -> Path:
     from huggingface_hub import snapshot_download
 
     dot = f".{variant}" if variant else ""
-    ends = (f"{dot}.{suffix}", f"{dot}-*-of-*.{suffix}", f"-*-of-*{dot}.{suffix}")
+    shard = "-?????-of-?????"                   # as all are numbered; a star would match another variant's, too
+    ends = (f"{dot}.{suffix}", f"{dot}{shard}.{suffix}", f"{shard}{dot}.{suffix}")
     weights = [f"{part}/{stem}{end}" for part, stems in STEMS.items() for stem in stems for end in ends]
     settings = ["model_index.json", "*/*.json", "*/merges.txt"]
     return Path(snapshot_download(repository, allow_patterns=[*settings, *dict.fromkeys(weights)]))
