@@ -113,6 +113,8 @@ def _vectors(value: Any, word: str, path: Path) -> Tensor:
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     if not plain or value.ndim not in (1, 2) or not value.is_floating_point():
         found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if isinstance(value, Tensor) and not plain:
+            found += f" of {value.layout} on {value.device}"
         raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D)")
     vectors = (value if value.ndim == 2 else value[None]).detach().float().contiguous()
     if not vectors.numel() or not vectors.isfinite().all():

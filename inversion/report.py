@@ -2,8 +2,7 @@
 
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@contextmanager
-def _word_for_word() -> Iterator[None]:
-    """Within it a figure's texts are what they say: matplotlib would set what stands between two $ as a formula."""
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):
-        yield
-
-
-@_word_for_word()
 def loss_curve(
     file: Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None
 ) -> None:
@@ -53,7 +42,6 @@ def loss_curve(
     _write(figure, file)
 
 
-@_word_for_word()
 def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
     """Draw rows of images under their labels into a PNG.
 
@@ -77,7 +65,6 @@ def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence
     _write(figure, file)
 
 
-@_word_for_word()
 def sheet(file: Path, images: Tensor, captions: Sequence[str], columns: int = 8) -> None:
     """Draw images (K, 3, H, W) in [-1, 1], each under its caption, into a PNG."""
     from matplotlib.figure import Figure
@@ -94,6 +81,10 @@ def sheet(file: Path, images: Tensor, captions: Sequence[str], columns: int = 8)
 
 
 def _write(figure: "Figure", file: Path) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(lambda each: isinstance(each, Text) and "$" in each.get_text()):
+        text.set_parse_math(False)          # somebody's words, and no formula between two $
     beside = file.with_name(file.name + ".part")
     try:
         figure.savefig(beside, format="png", dpi=150)

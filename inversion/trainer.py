@@ -99,8 +99,8 @@ def _write(training: Training, file: Path | None, ended: bool) -> None:
 
 
 def state_file(file: Path) -> Path:
-    """Where the state of the training of a concept's file is kept: beside it, .training.pt for its .safetensors."""
-    return file.with_name(file.name.removesuffix(".safetensors") + ".training.pt")
+    """Where the state of the training of a concept's file is kept: beside it, .training.pt for its format's ending."""
+    return file.with_name((file.stem if file.suffix in (".safetensors", ".pt") else file.name) + ".training.pt")
 
 
 def peak_memory() -> int:

@@ -88,13 +88,13 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
 def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:
     """Write a model beside `path`, or beside what it links to, and rename it into place.
 
-    Raises ModelError if that is another's place, or the folder that this process runs in.
+    Raises ModelError if that is another's place, or holds the folder that this process runs in.
     """
-    path = path.resolve()
-    if path == Path.cwd():
-        raise ModelError(f"{path} is the working folder, which cannot be replaced: save into a folder of another name")
+    path = Path(os.path.realpath(path))
     if path.exists() and not _is_ours(path):
         raise ModelError(f"{path} exists and is not a model folder: choose another path, or remove it")
+    if Path(os.path.realpath(".")).is_relative_to(path):
+        raise ModelError(f"{path} is or holds the working folder, which cannot be replaced: save into another folder")
     tokens = model.tokenizer
     said = {
         "unet": configs.write_unet(model.unet.config, model.resolution // model.vae.factor),
@@ -154,7 +154,7 @@ def _replace(path: Path, new: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(new, path)
-    except OSError:
+    except BaseException:
         if old.exists():
             os.replace(old, path)
         raise

@@ -85,10 +85,10 @@ class ClipTokenizer:
         pad = token.get("content") if isinstance(token, dict) else token
         if not isinstance(pad, str) or pad not in vocab.tokens:
             raise ModelError(f"the padding token {pad!r} of {folder} is not in its vocabulary")
-        stated = settings.get("model_max_length", NEVER_SET)
+        stated = length or settings.get("model_max_length") or NEVER_SET
         if not isinstance(stated, int | float):
             raise ModelError(f"the model_max_length of {folder} is a number of tokens, not {stated!r}")
-        return cls(vocab, length or (77 if stated >= NEVER_SET else int(stated)), vocab.tokens[pad])
+        return cls(vocab, 77 if stated >= NEVER_SET else int(stated), vocab.tokens[pad])
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `from_folder` and transformers' CLIPTokenizer read with the same ids."""

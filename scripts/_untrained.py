@@ -26,9 +26,9 @@ def load_vae(folder: Path) -> VAE:
     described = read_json(file)
     try:
         config = VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])})
-    except (KeyError, TypeError) as error:
+        vae = on_meta(lambda: VAE(config))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{file} does not describe an autoencoder of train_vae.py ({error})") from error
-    vae = on_meta(lambda: VAE(config))
     fill([Part(vae, Layout())], Weights((folder / "vae.safetensors",)), torch.float32, torch.device("cpu"))
     return vae
 
@@ -36,8 +36,8 @@ def load_vae(folder: Path) -> VAE:
 def latent_model(config: Any, captions: Iterable[str], size: int) -> LatentModel:
     """Stable Diffusion in small, around a trained autoencoder; it predicts v. config: that of train_diffusion.py."""
     tokenizer = ClipTokenizer.train(captions, config.vocab_size, config.context_length)
-    torch.manual_seed(config.seed)
     vae = load_vae(config.vae)
+    torch.manual_seed(config.seed)
     latent = vae.config.latent_channels
     unet = UNet(
         UNetConfig(

@@ -51,8 +51,11 @@ def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
     latents, said = open_tensors(file).get("latents"), metadata(file).get("rows")
     if latents is None or said is None:
         raise ModelError(f"{file} holds no latents of train_diffusion.py's: name a folder that it wrote")
-    described = json.loads(said)
-    return latents / 16, [r["name"] for r in described], [r["caption"] for r in described]
+    try:
+        rows = [(row["name"], row["caption"]) for row in json.loads(said)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} does not name its images as train_diffusion.py does ({error!r})") from error
+    return latents / 16, *map(list, zip(*rows))
 
 
 def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: list[str]) -> Tensor:
@@ -66,9 +69,10 @@ def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: li
 
 def main(config: Config) -> None:
     """Draw, look up, count."""
-    for name, value in (("count", config.count), ("batch-size", config.batch_size)):
-        if value < 1:
-            raise ModelError(f"--{name} is how many captions to draw, in all or at once, at least 1, not {value}")
+    if config.count < 1:
+        raise ModelError(f"--count is how many captions to draw, at least 1, not {config.count}")
+    if config.batch_size < 1:
+        raise ModelError(f"--batch-size is how many captions to draw at once, at least 1, not {config.batch_size}")
     folder = EMBEDDED.get(config.model, Path(config.model))
     training, names, captions = read_training_set(folder)
     model = models.load(config.model)

@@ -94,7 +94,7 @@ def test_parameters_without_names_are_refused(params: object, tmp_path: Path) ->
     [
         (torch.zeros(0), "are empty or not finite"),
         (torch.zeros(3, 0), "are empty or not finite"),
-        (torch.zeros(2, 4, device="meta"), r"'<a>' is a tensor \(2, 4\), not vectors"),
+        (torch.zeros(2, 4, device="meta"), r"'<a>' is a tensor \(2, 4\) of torch.strided on meta, not"),
     ],
 )
 def test_tensors_that_are_no_vectors_are_refused(value: torch.Tensor, said: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -48,4 +47,3 @@ def test_what_stands_between_dollars_is_no_formula(tmp_path: Path) -> None:
     sheet(tmp_path / "sheet.png", images, [words] * 2)
     loss_curve(tmp_path / "loss.png", [row], (words, 0.5))
     assert {file.name for file in tmp_path.iterdir()} == {"comparison.png", "sheet.png", "loss.png"}
-    assert matplotlib.rcParams["text.parse_math"]                       # others' figures are as they were

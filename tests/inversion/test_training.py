@@ -598,7 +598,7 @@ def test_every_image_has_its_templates(count: int, templates: list[list[str]]) -
 def test_each_concept_has_a_state_of_its_own() -> None:
     names = ["x.safetensors", "x.v1", "x.v2", "x.pt"]
     assert [state_file(Path(name)).name for name in names] == [
-        "x.training.pt", "x.v1.training.pt", "x.v2.training.pt", "x.pt.training.pt",
+        "x.training.pt", "x.v1.training.pt", "x.v2.training.pt", "x.training.pt",
     ]  # fmt: skip
 
 

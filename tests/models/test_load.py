@@ -543,9 +543,14 @@ class TestSavingFolders:
 
     def test_the_working_folder_stays(self, peer: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ModelError, match="is the working folder, which cannot be replaced"):
+        with pytest.raises(ModelError, match="holds the working folder, which cannot be replaced"):
             models.save(models.load(peer.folder), ".")
         assert not any(tmp_path.iterdir())
+        models.save(models.load(peer.folder), "model")
+        monkeypatch.chdir(tmp_path / "model" / "unet")
+        with pytest.raises(ModelError, match="holds the working folder"):
+            models.save(models.load(peer.folder), "..")
+        assert os.getcwd() == str(tmp_path / "model" / "unet")
 
     def test_other_content_is_left_alone(self, peer: Pipeline, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()

@@ -214,6 +214,8 @@ class TestFolders:
         )
         assert ClipTokenizer.from_folder(tmp_path).length == 77
         assert ClipTokenizer.from_folder(tmp_path, 20).length == 20
+        (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": null}')
+        assert ClipTokenizer.from_folder(tmp_path).length == 77
 
     def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"needs vocab\.json"):

@@ -433,6 +433,7 @@ def test_a_size_that_cannot_be_halved(data: Path, tmp_path: Path) -> None:
     [
         ("config.json", b"{", r"config\.json is not readable JSON"),
         ("config.json", b'{"channel_mult": [1], "x": 1}', r"config\.json does not describe an autoencoder"),
+        ("config.json", b'{"channel_mult": [1], "norm_groups": 0}', r"config\.json does not describe an autoencoder"),
         ("vae.safetensors", b"no tensors", r"vae\.safetensors cannot be read; it is truncated or damaged"),
     ],
 )
