@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from inversion.errors import InversionError
-from inversion.plan import plan
+from inversion.plan import one_by_one
 from models import GlideModel, LatentModel, Setting
 
 SAID = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -35,7 +35,8 @@ def next_cheaper(model: Any, side: int, batch_size: int) -> Setting | None:
     if len(settings) == 1 or not isinstance(model, LatentModel | GlideModel):
         return model.setting.cheaper()
     try:
-        now, *others = plan(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
+        planned = one_by_one(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
+        now = next(planned)
+        return next((each.setting for each in planned if each.peak < now.peak), None)
     except InversionError:                                          # larger than any plan
         return model.setting.cheaper()
-    return next((each.setting for each in others if each.peak < now.peak), None)

@@ -69,7 +69,6 @@ class Planned:
         return self.operations + EXCHANGE * self.moved
 
 
-@torch.inference_mode(False)
 def plan(
     model: Any, resolution: int | None = None, batch_size: int = 1, device: torch.device | str = "cuda",
     settings: Iterable[Setting] | None = None,
@@ -84,10 +83,18 @@ def plan(
     halve, a device other than a CPU or CUDA's, and float16 on a CPU; InversionError for a batch of none and for images
     of more than `LARGEST` a side.
     """
+    return list(one_by_one(model, resolution, batch_size, device, settings))
+
+
+@torch.inference_mode(False)
+def one_by_one(
+    model: Any, resolution: int | None, batch_size: int, device: torch.device | str, settings: Iterable[Setting] | None
+) -> Iterator[Planned]:
+    """The entries of `plan`, each planned when it is asked for."""
     shell, device, side = _asked(model, device, resolution, batch_size)
     encoding = cache(partial(_encoding, shell, device, side))
-    settings = settings_for(device) if settings is None else settings
-    return [_predicted(shell, setting, device, side, batch_size, *encoding(_encodes(setting))) for setting in settings]
+    for setting in settings_for(device) if settings is None else settings:
+        yield _predicted(shell, setting, device, side, batch_size, *encoding(_encodes(setting)))
 
 
 @torch.inference_mode(False)
