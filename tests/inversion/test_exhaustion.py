@@ -65,8 +65,9 @@ def test_what_needs_as_much_is_not_named() -> None:
     model = outline("sd1.5")
     for network in (model.unet, model.vae, model.text):
         network.half()
-    peaks = [planned.peak for planned in plan(model, 512, 1, "cuda", [model.setting, next_cheaper(model, 512, 1)])]
-    assert next_cheaper(model, 512, 1).offload == "idle"
+    cheaper = next_cheaper(model, 512, 1)
+    peaks = [planned.peak for planned in plan(model, 512, 1, "cuda", [model.setting, cheaper])]
+    assert cheaper.offload == "idle"
     assert peaks[1] < peaks[0]
     assert next_cheaper(model, 512, 4).checkpointing == "attention"         # there the step is the larger
 

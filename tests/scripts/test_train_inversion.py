@@ -354,7 +354,7 @@ def test_a_plan_is_printed_and_nothing_else_happens(script: ModuleType, config: 
 
 
 def test_a_plan_of_a_run_is_of_its_flags(script: ModuleType, config: Any, capsys: Any) -> None:
-    script.main(replace(config, samples=0, steps=2, batch_size=3))
+    script.main(replace(config, samples=0, steps=2, batch_size=3, dtype="float32", offload="none"))
     capsys.readouterr()
     script.main(script.Config(resume=config.output, plan=True, memory_budget="1GiB"))
     assert "16x16 pixels, batch 3, on" in (said := capsys.readouterr().out)
@@ -363,7 +363,7 @@ def test_a_plan_of_a_run_is_of_its_flags(script: ModuleType, config: Any, capsys
 
 def test_a_plan_says_that_nothing_fits(script: ModuleType, config: Any, capsys: Any) -> None:
     with pytest.raises(InversionError, match="1 KiB are too small for every setting: the smallest"):
-        script.main(replace(config, plan=True, device="cuda", memory_budget="1KiB"))
+        script.main(replace(config, plan=True, device="cuda", memory_budget="1KiB", dtype="float16", offload="none"))
     assert len(capsys.readouterr().out.splitlines()) > 3
 
 
@@ -378,7 +378,8 @@ def test_drawing_that_takes_more_than_the_budget_is_said(
 
     monkeypatch.setattr(script.inversion, "drawing", drawing)
     monkeypatch.setattr(script, "PHOTOGRAPHS", replace(script.PHOTOGRAPHS, batch_size=4))
-    given = replace(config, dtype="float32", device="cpu", steps=1, memory_budget="1000MiB", samples=1)
+    how = {"dtype": "float32", "device": "cpu", "checkpointing": "none", "offload": "none"}       # one row of a plan
+    given = replace(config, steps=1, memory_budget="1000MiB", samples=1, **how)
     script.main(given)
     said = "drawing the samples afterwards takes 1.00 GiB, more than that: --samples 0 leaves it out"
     assert said in capsys.readouterr().out
