@@ -90,7 +90,7 @@ def plan(
 def one_by_one(
     model: Any, resolution: int | None, batch_size: int, device: torch.device | str, settings: Iterable[Setting] | None
 ) -> Iterator[Planned]:
-    """The entries of `plan`, each planned when it is asked for."""
+    """The entries of `plan`, each planned when it is asked for; arguments and errors as there."""
     shell, device, side = _asked(model, device, resolution, batch_size)
     encoding = cache(partial(_encoding, shell, device, side))
     for setting in settings_for(device) if settings is None else settings:

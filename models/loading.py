@@ -146,8 +146,9 @@ def save(
 
     Tensors of the loaded file that no network uses go back to the layout that they came from: what went in
     comes out equal. dtype: what the networks' tensors are stored in, None for what they run in. A model
-    folder at `path` is replaced. Raises ModelError for anything else that is there, for a released VAE, and
-    for a model that the layout has no place for.
+    folder at `path`, or behind it if that is a link, is replaced. Raises ModelError for anything else that is
+    there, for one that holds the working folder, for a released VAE, and for a model that the layout has no
+    place for.
     """
     if layout not in ("diffusers", "single"):
         raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")

@@ -55,7 +55,7 @@ def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
         rows = [(row["name"], row["caption"]) for row in json.loads(said)]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} does not name its images as train_diffusion.py does ({error!r})") from error
-    return latents / 16, *map(list, zip(*rows))
+    return latents / 16, [name for name, _ in rows], [caption for _, caption in rows]
 
 
 def ranks_of_names(drawn: Tensor, training: Tensor, names: list[str], wanted: list[str]) -> Tensor:
