@@ -13,6 +13,7 @@ from inversion import Concept
 from models import ClassModel, ModelError
 from models.class_names import ClassNames
 from models.classifier import Classifier, ClassifierConfig
+from models.latent import Sampling
 from models.unet import UNetConfig
 from tests.tiny import randomise, tiny_classes
 
@@ -117,7 +118,8 @@ def test_an_upsampler_is_told_the_class_and_the_small_image() -> None:
         generate(upsampler, "dog")
 
 
-def test_a_cascade_draws_what_its_parts_draw() -> None:
+def test_a_cascade_draws_what_its_parts_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClassModel, "sampling", Sampling("ddpm", "2", 1.0))     # an upsampler's own 250 take a while
     base, upsampler = tiny_classes(), tiny_classes(1, factor=2)
     both = replace(base, upsampler=upsampler)
     large = generate(both, ["cat"], scale=2, steps=2, sampler="ddim", generator=0)

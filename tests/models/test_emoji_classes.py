@@ -42,6 +42,6 @@ def test_it_draws_what_it_is_asked_for(networks: tuple[ClassModel, Classifier, C
     model, guide, judge = networks
     asked = [*model.classes.names] * 3
     guided = {"scale": 3} if kind == "free" else {"scale": 0, "guidance": classifier(guide, asked, 8.0)}
-    drawn = generate(model, asked, steps=30, sampler="ddpm", generator=0, batch_size=len(asked), **guided)
+    drawn = generate(model, asked, steps=15, sampler="ddpm", generator=0, batch_size=len(asked), **guided)
     right = sum(a == b for a, b in zip(asked, seen(judge, drawn)))
     assert right >= 9

@@ -12,6 +12,8 @@ from PIL import Image
 
 import models
 from inversion import Concept, InversionError, Result
+from models.glide import GlideModel
+from models.latent import Sampling
 from tests.tiny import tiny_glide
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_starts.py"
@@ -42,6 +44,7 @@ def test_three_starts_are_compared_on_one_set(
     drawn = []
     monkeypatch.setattr(script, "comparison", lambda file, rows, columns: drawn.extend(rows))
     monkeypatch.setattr(script, "COPIES", 3)
+    monkeypatch.setattr(GlideModel, "sampling", Sampling("ddpm", "4", 3.0))     # its own 100 steps take a while
     script.main(
         script.Config(
             str(folder), folder / "photos", "<x>", "cat", phrase="large white dog", seeds=(0, 5), steps=3, samples=2,

@@ -354,7 +354,8 @@ def test_a_plan_is_printed_and_nothing_else_happens(script: ModuleType, config: 
 
 
 def test_a_plan_of_a_run_is_of_its_flags(script: ModuleType, config: Any, capsys: Any) -> None:
-    script.main(replace(config, samples=0, steps=2, batch_size=3, dtype="float32", offload="none"))
+    how = {"dtype": "float32", "checkpointing": "none", "attention": "fused", "offload": "none"}      # one row
+    script.main(replace(config, samples=0, steps=2, batch_size=3, **how))
     capsys.readouterr()
     script.main(script.Config(resume=config.output, plan=True, memory_budget="1GiB"))
     assert "16x16 pixels, batch 3, on" in (said := capsys.readouterr().out)
