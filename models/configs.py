@@ -8,6 +8,7 @@ One name misleads: `attention_head_dim` of a diffusers UNet is the *number* of h
 level.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ TEXT_DEFAULTS: Json = {
     "num_attention_heads": 8, "intermediate_size": 2048, "hidden_act": "quick_gelu",
 }  # fmt: skip
 BETA_SCHEDULES = ("linear", "scaled_linear")
-SCHEDULE_FIXED: Json = {"trained_betas": None}
+SCHEDULE_FIXED: Json = {"trained_betas": None, "use_flow_sigmas": False}
 
 
 def read_unet(file: Json, where: str) -> UNetConfig:
@@ -173,8 +174,16 @@ def write_text(config: ClipTextConfig, begin: int, end: int, pad: int) -> dict[s
 
 
 def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
-    """A scheduler_config.json: keyword arguments of diffusion.Schedule, and the prediction type."""
+    """A scheduler_config.json: keyword arguments of diffusion.Schedule, and the prediction type.
+
+    Raises ModelError as above, and for a scheduler without betas: diffusers writes those of every process that has any.
+    """
     _refuse(file, SCHEDULE_FIXED, where)
+    if not any(key.startswith("beta_") for key in file):
+        raise ModelError(
+            f"{where} has no betas: it is of {file.get('_class_name', 'no known scheduler')}, for flow matching or "
+            "another process than the one here, whose model predicts epsilon or v"
+        )
     schedule = {
         "name": file.get("beta_schedule", "linear"),
         "steps": file.get("num_train_timesteps", 1000),
@@ -211,7 +220,7 @@ def write_schedule(schedule: Json, prediction: str) -> dict[str, Any]:
 def _refuse(file: Json, fixed: Json, where: str) -> None:
     for key, value in fixed.items():
         if file.get(key, value) != value:
-            raise ModelError(f"{where}: {key} is {file[key]!r}; only {value!r} is supported")
+            raise ModelError(f"{where}: {key} is {reprlib.repr(file[key])}; only {value!r} is supported")
 
 
 def _need(file: Json, key: str, where: str) -> Any:

@@ -443,6 +443,33 @@ class TestFolders:
         with pytest.raises(ModelError, match=said):
             models.load(copy)
 
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler",
+            "CMStochasticIterativeScheduler", "ScoreSdeVeScheduler",
+        ],
+    )  # fmt: skip
+    def test_schedulers_of_another_process(self, copy: Path, scheduler: str) -> None:
+        shutil.rmtree(copy / "scheduler")
+        getattr(diffusers, scheduler)().save_pretrained(copy / "scheduler")
+        with pytest.raises(ModelError, match=f"has no betas: it is of {scheduler}, for flow matching or"):
+            models.load(copy)
+
+    @pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+    def test_flow_matching_of_schedulers_that_know_betas_too(self, copy: Path, scheduler: str) -> None:
+        shutil.rmtree(copy / "scheduler")
+        getattr(diffusers, scheduler)(use_flow_sigmas=True).save_pretrained(copy / "scheduler")
+        with pytest.raises(ModelError, match="use_flow_sigmas is True; only False"):
+            models.load(copy)
+
+    def test_a_thousand_betas_are_not_all_told(self, copy: Path) -> None:
+        file = copy / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_betas": [0.1] * 1000}))
+        with pytest.raises(ModelError, match="trained_betas is") as error:
+            models.load(copy)
+        assert len(str(error.value)) < 300 + len(str(file))
+
     def test_broken_json(self, copy: Path) -> None:
         (copy / "vae" / "config.json").write_text("{")
         with pytest.raises(ModelError, match="not readable JSON"):
