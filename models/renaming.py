@@ -205,6 +205,8 @@ BUFFERS = (
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|model_ema\..+"
 )
 POSITIONS = r"(.*\.)?embeddings\.position_ids"
+# ComfyUI saves what its class for CLIP has besides.
+CLIP_HEAD = r"cond_stage_model\.(logit_scale|text_projection|transformer\.text_projection\.weight)"
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "unet": {
@@ -219,12 +221,12 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         ),
     },
     "text": {
-        "single": Layout("cond_stage_model.transformer.text_model.", unused=POSITIONS),
+        "single": Layout("cond_stage_model.transformer.text_model.", unused=f"{POSITIONS}|{CLIP_HEAD}"),
         "single openclip": Layout(
             "cond_stage_model.model.",
             OPENCLIP,
             unused=r"cond_stage_model\.model\.(logit_scale|text_projection|attn_mask"
-            r"|transformer\.resblocks\.(?P<block>\d+)\..+)",
+            rf"|transformer\.resblocks\.(?P<block>\d+)\..+|{POSITIONS})",
         ),
         "diffusers": Layout("text_model.", unused=POSITIONS),
         "diffusers flat": Layout(unused=POSITIONS),

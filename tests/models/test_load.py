@@ -661,11 +661,16 @@ KEPT: dict[str, dict[str, Callable[[], Tensor]]] = {
     "sd1": {
         "betas": lambda: torch.linspace(0, 1, 1000, dtype=torch.float64),
         "model_ema.diffusion_modelinput_blocks00weight": lambda: torch.randn(3),
+        "cond_stage_model.logit_scale": lambda: torch.tensor(4.6),                       # these three as ComfyUI saves
+        "cond_stage_model.text_projection": lambda: torch.randn(8, 8),
+        "cond_stage_model.transformer.text_projection.weight": lambda: torch.randn(8, 8),
         "model_ema.num_updates": lambda: torch.tensor(7, dtype=torch.int32),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": lambda: torch.arange(77)[None],
     },
     "sd2": {
         "sqrt_one_minus_alphas_cumprod": lambda: torch.rand(1000),
+        # as diffusers' convert_diffusers_to_original_stable_diffusion.py leaves it
+        OPENCLIP + "transformer.text_model.embeddings.position_ids": lambda: torch.arange(77)[None],
         OPENCLIP + "logit_scale": lambda: torch.tensor(4.6),
         OPENCLIP + "text_projection": lambda: torch.randn(8, 8),
         OPENCLIP + "attn_mask": lambda: torch.zeros(77, 77),
