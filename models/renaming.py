@@ -202,7 +202,7 @@ OPENCLIP = substitution(
 
 BUFFERS = (
     r"(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights|sqrt_recip(m1)?_alphas_cumprod"
-    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|model_ema\..+"
+    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|model_ema\..+|v_pred|ztsnr"
 )
 POSITIONS = r"(.*\.)?embeddings\.position_ids"
 # ComfyUI saves what its class for CLIP has besides.

@@ -2,12 +2,15 @@
 
 Such a file has no configuration; it is read off the shapes (`models.shapes`), so what a shape cannot say
 cannot be written. Whether an SD 2.x file predicts v has a public place in the metadata of .safetensors files,
-the model specification's `modelspec.prediction_type`; where it is missing, the caller says it.
+the model specification's `modelspec.prediction_type`, `predict_key` in ComfyUI's; where it is missing, an empty
+tensor `v_pred` says it, and where that is, too, the caller. `ztsnr` is another such mark, of a zero terminal SNR.
 """
 
 import os
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +29,9 @@ from models.vocabulary import clip_vocabulary
 from models.weights import Part, fill, gather, on_meta, write_safetensors
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
-MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon"}
+MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon", "v_prediction": "v_prediction"}
+SPEC_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 
 
 def read_single_file(
@@ -50,7 +55,7 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
     unet, vae = shapes.unet_config(found, str(path)), shapes.vae_config(found, str(path))
     text = shapes.text_config(found, str(path))
     family = presets.family_of(text)
-    says = prediction or _stated(path) or ("epsilon" if family == "sd1" else None)
+    says = prediction or _stated(path, found) or ("epsilon" if family == "sd1" else None)
     if says is None:
         raise ModelError(
             f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: give prediction="
@@ -62,7 +67,7 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
         vae=on_meta(lambda: VAE(vae)),
         text=on_meta(lambda: ClipText(text)),
         tokenizer=ClipTokenizer.clip(text.length, presets.SD2_V.pad if family == "sd2" else None),
-        schedule=dict(presets.SD_SCHEDULE),
+        schedule=_schedule(found),
         prediction=presets.known_prediction(says, str(path)),
         resolution=768 if family == "sd2" and says == "v_prediction" else 512,
         source=str(path),
@@ -86,7 +91,7 @@ def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None)
     spec = next(word for word, prediction in MODELSPEC.items() if prediction == model.prediction)
     beside = path.with_name(path.name + ".part")
     try:
-        write_safetensors(beside, tensors, {"modelspec.prediction_type": spec})
+        write_safetensors(beside, tensors, {SPEC_KEYS[0]: spec})
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -102,10 +107,20 @@ def _parts(model: LatentModel) -> list[Part]:
     ]
 
 
-def _stated(path: Path) -> str | None:
-    """The prediction that a .safetensors file's metadata names, if it does."""
-    said = metadata(path) if path.suffix == ".safetensors" else {}
-    return MODELSPEC.get(said.get("modelspec.prediction_type", ""))
+def _stated(path: Path, names: Container[str]) -> str | None:
+    """The prediction that a file names, if it does. Raises ModelError if that is neither epsilon nor v."""
+    spec = metadata(path) if path.suffix == ".safetensors" else {}
+    said = next((spec[key] for key in SPEC_KEYS if spec.get(key)), None)
+    if said is None:
+        return "v_prediction" if V_MARK in names else None
+    if said not in MODELSPEC:
+        raise ModelError(f"{path} says that it predicts {said!r}; known are {', '.join(MODELSPEC)}: give prediction=")
+    return MODELSPEC[said]
+
+
+def _schedule(names: Container[str]) -> dict[str, Any]:
+    """The noise schedule of a file with tensors of these names."""
+    return presets.SD_SCHEDULE | {"zero_terminal_snr": ZERO_SNR_MARK in names}
 
 
 def _refuse_what_is_lost(model: LatentModel, found: dict[str, tuple[int, ...]]) -> None:
@@ -117,7 +132,7 @@ def _refuse_what_is_lost(model: LatentModel, found: dict[str, tuple[int, ...]]) 
         "the VAE": shapes.vae_config(found, where) != model.vae.config,
         "the text transformer": shapes.text_config(found, where) != model.text.config,
         "the vocabulary": model.tokenizer.vocabulary != clip_vocabulary(),
-        "the noise schedule": presets.SD_SCHEDULE | model.schedule != presets.SD_SCHEDULE,
+        "the noise schedule": presets.SD_SCHEDULE | model.schedule != _schedule(found),
     }
     if lost := [what for what, unlike in differs.items() if unlike]:
         raise ModelError(f"{where} cannot hold {' and '.join(lost)} of {model.source}: save it as a folder")

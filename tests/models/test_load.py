@@ -720,6 +720,40 @@ class TestSingleFiles:
         base = models.load(tmp_path / "silent.safetensors", prediction="epsilon")
         assert (base.prediction, base.resolution) == ("epsilon", 512)
 
+    @pytest.mark.parametrize(
+        ("spec", "prediction"),
+        [
+            ({"modelspec.predict_key": "v"}, "v_prediction"), ({"modelspec.predict_key": "epsilon"}, "epsilon"),
+            ({"modelspec.prediction_type": "v_prediction"}, "v_prediction"),
+        ],
+    )  # fmt: skip
+    def test_prediction_in_other_words(self, file: Path, tmp_path: Path, spec: dict, prediction: str) -> None:
+        save_file(load_file(file), tmp_path / "said.safetensors", spec)
+        assert models.load(tmp_path / "said.safetensors").prediction == prediction
+
+    def test_a_prediction_that_is_not_known(self, file: Path, tmp_path: Path) -> None:
+        save_file(load_file(file), tmp_path / "flow.safetensors", {"modelspec.prediction_type": "velocity"})
+        with pytest.raises(ModelError, match="says that it predicts 'velocity'; known are v, epsilon"):
+            models.load(tmp_path / "flow.safetensors")
+        assert models.load(tmp_path / "flow.safetensors", prediction="epsilon").prediction == "epsilon"
+
+    def test_empty_tensors_tell_v_and_zero_terminal_snr(self, file: Path, tmp_path: Path) -> None:
+        marked = load_file(file) | {"v_pred": torch.empty(0)}
+        save_file(marked, tmp_path / "v.safetensors")
+        found = models.load(tmp_path / "v.safetensors")
+        assert (found.prediction, found.schedule) == ("v_prediction", presets.SD_SCHEDULE)
+        save_file(marked | {"ztsnr": torch.empty(0)}, tmp_path / "zero.safetensors")
+        found = models.load(tmp_path / "zero.safetensors")
+        assert found.schedule == presets.SD_SCHEDULE | {"zero_terminal_snr": True}
+        models.save(found, tmp_path / "again.safetensors", "single")
+        again = models.load(tmp_path / "again.safetensors")
+        assert (again.prediction, again.schedule) == (found.prediction, found.schedule)
+        models.save(found, tmp_path / "folder")
+        assert models.load(tmp_path / "folder").schedule["zero_terminal_snr"] is True
+        found.schedule = dict(presets.SD_SCHEDULE)
+        with pytest.raises(ModelError, match="cannot hold the noise schedule"):
+            models.save(found, tmp_path / "other.safetensors", "single")
+
     def test_what_is_wrong_is_named(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
         tensors, bad = load_file(file), tmp_path / "bad.safetensors"
         for name, tensor, said in (
