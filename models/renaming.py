@@ -208,6 +208,13 @@ POSITIONS = r"(.*\.)?embeddings\.position_ids"
 # ComfyUI saves what its class for CLIP has besides.
 CLIP_HEAD = r"cond_stage_model\.(logit_scale|text_projection|transformer\.text_projection\.weight)"
 
+
+
+def _openclip(prefix: str) -> Layout:
+    spare = rf"logit_scale|text_projection|attn_mask|transformer\.resblocks\.(?P<block>\d+)\..+|{POSITIONS}"
+    return Layout(prefix, OPENCLIP, unused=rf"{re.escape(prefix)}({spare})")
+
+
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "unet": {
         "single": Layout("model.diffusion_model.", unused=BUFFERS),
@@ -222,12 +229,9 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     },
     "text": {
         "single": Layout("cond_stage_model.transformer.text_model.", unused=f"{POSITIONS}|{CLIP_HEAD}"),
-        "single openclip": Layout(
-            "cond_stage_model.model.",
-            OPENCLIP,
-            unused=r"cond_stage_model\.model\.(logit_scale|text_projection|attn_mask"
-            rf"|transformer\.resblocks\.(?P<block>\d+)\..+|{POSITIONS})",
-        ),
+        "single flat": Layout("cond_stage_model.transformer.", unused=f"{POSITIONS}|{CLIP_HEAD}"),
+        "single openclip": _openclip("cond_stage_model.model."),
+        "single openclip sgm": _openclip("conditioner.embedders.0.model."),
         "diffusers": Layout("text_model.", unused=POSITIONS),
         "diffusers flat": Layout(unused=POSITIONS),
     },

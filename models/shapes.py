@@ -6,15 +6,17 @@ each everywhere else), and whether the UNet predicts epsilon or v, which the cal
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from models.errors import ModelError
+from models.renaming import LAYOUTS
 from models.text import ClipTextConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP, OPENCLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+# As CompVis and Stability name the text transformer; a few merges without `text_model`, SD-Turbo as its trainer does.
+TOWERS = ("single openclip", "single", "single flat", "single openclip sgm")
 HEAD_WIDTH = 64
 OPENCLIP_BLOCKS = 24
 
@@ -94,6 +96,13 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> VAEConfig:
     )
 
 
+def tower(names: Iterable[str]) -> str:
+    """The layout of the text transformer in a single file, of `TOWERS`; CompVis's if there is none of them."""
+    names = tuple(names)
+    found = (t for t in TOWERS if any(name.startswith(LAYOUTS["text"][t].prefix) for name in names))
+    return next(found, "single")
+
+
 def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipTextConfig:
     """The text transformer of a single file, CLIP (1.x) or OpenCLIP (2.x).
 
@@ -101,8 +110,9 @@ def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipTextCo
     that
     follows the whole tower: files that were converted back from the diffusers layout have neither.
     """
-    if any(name.startswith(OPENCLIP) for name in shapes):
-        s = Shapes(shapes, OPENCLIP, where)
+    layout = tower(shapes)
+    s = Shapes(shapes, LAYOUTS["text"][layout].prefix, where)
+    if layout.startswith("single openclip"):
         vocab, width = s.of("token_embedding.weight", 2)
         blocks = s.count(r"transformer\.resblocks\.(\d+)\.")
         layers = blocks - (blocks == OPENCLIP_BLOCKS or "text_projection" in s)
@@ -111,7 +121,6 @@ def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipTextCo
             s.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         )
         return ClipTextConfig(vocab, length, width, layers, max(1, width // HEAD_WIDTH), mlp_width, "gelu")
-    s = Shapes(shapes, CLIP, where)
     vocab, width = s.of("embeddings.token_embedding.weight", 2)
     length = s.of("embeddings.position_embedding.weight", 2)[0]
     mlp_width = s.of("encoder.layers.0.mlp.fc1.weight", 2)[0]

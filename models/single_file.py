@@ -31,6 +31,7 @@ from models.weights import Part, fill, gather, on_meta, write_safetensors
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon", "v_prediction": "v_prediction"}
 SPEC_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+SD2_WIDTH = presets.SD2_TEXT.width
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 
 
@@ -50,8 +51,9 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
         raise ModelError(
             f"{path} is no Stable Diffusion checkpoint, but {kind.words}: no tensor is named {shapes.UNET}..."
         )
-    if any(name.startswith("conditioner.") for name in found):
-        raise ModelError(f"{path} is a Stable Diffusion XL checkpoint; 1.x and 2.x are supported")
+    table = found.get(f"{LAYOUTS['text']['single openclip sgm'].prefix}token_embedding.weight", ())
+    if any(name.startswith("conditioner.") for name in found) and table[-1:] != (SD2_WIDTH,):
+        raise ModelError(f"{path} is a Stable Diffusion XL or Video checkpoint; 1.x and 2.x are supported")
     unet, vae = shapes.unet_config(found, str(path)), shapes.vae_config(found, str(path))
     text = shapes.text_config(found, str(path))
     family = presets.family_of(text)
@@ -71,6 +73,7 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
         prediction=presets.known_prediction(says, str(path)),
         resolution=768 if family == "sd2" and says == "v_prediction" else 512,
         source=str(path),
+        names={"single": shapes.tower(found)},
     )
 
 
@@ -100,6 +103,7 @@ def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None)
 def _parts(model: LatentModel) -> list[Part]:
     """A model's networks and how a single file of its family names them."""
     tower = "single openclip" if model.text.config.activation == "gelu" else "single"
+    tower = model.names.get("single", tower)
     return [
         Part(model.unet, LAYOUTS["unet"]["single"]),
         Part(model.vae, LAYOUTS["vae"]["single"]),

@@ -699,6 +699,21 @@ class TestSingleFiles:
         assert written.keys() == tensors.keys()
         assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
+    def test_other_names_of_the_text_transformer(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        old, new = {
+            "sd1": ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),     # of old merges
+            "sd2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),                      # SD-Turbo
+        }[model.family]
+        extra = {f"{new}embeddings.position_ids": torch.arange(77)[None]}
+        renamed = {name.replace(old, new): tensor for name, tensor in load_file(file).items()} | extra
+        save_file(renamed, tmp_path / "a.safetensors")
+        loaded = models.load(tmp_path / "a.safetensors", prediction=model.prediction)
+        assert_equal(loaded, model)
+        models.save(loaded, tmp_path / "b.safetensors", "single")
+        assert_same_tensors(tmp_path / "b.safetensors", tmp_path / "a.safetensors")
+        models.save(loaded, tmp_path / "folder")
+        assert_equal(models.load(tmp_path / "folder"), model)
+
     def test_from_one_layout_to_the_other(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
         models.save(models.load(file), tmp_path / "folder")
         folder = models.load(tmp_path / "folder")
@@ -779,9 +794,11 @@ class TestSingleFiles:
         with pytest.raises(ModelError, match="no Stable Diffusion checkpoint"):
             models.load(tmp_path / "word.safetensors")
         xl = {"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.out.2.bias": torch.ones(4)}
-        save_file(xl, tmp_path / "xl.safetensors")
-        with pytest.raises(ModelError, match="Stable Diffusion XL"):
-            models.load(tmp_path / "xl.safetensors")
+        refiner = xl | {"conditioner.embedders.0.model.token_embedding.weight": torch.ones(2, 1280)}
+        for tensors in (xl, refiner):
+            save_file(tensors, tmp_path / "xl.safetensors")
+            with pytest.raises(ModelError, match="Stable Diffusion XL"):
+                models.load(tmp_path / "xl.safetensors")
 
     def test_an_existing_file_is_left_alone(self, model: LatentModel, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_text("mine")
