@@ -80,8 +80,11 @@ def read_unet(file: Json, where: str) -> UNetConfig:
 
 
 def read_sample_size(file: Json, where: str) -> int:
-    """The side of the latents that a UNet was trained on; Stable Diffusion 1.x's where it is not said."""
-    return int(file.get("sample_size") or 64)
+    """The side of the latents that a UNet was trained on; Stable Diffusion 1.x's where it is not said.
+
+    Raises ModelError for latents that are not square.
+    """
+    return int(_same(file.get("sample_size") or 64, "sample_size", where))
 
 
 def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def read_vae(file: Json, where: str) -> VAEConfig:
         channels=channels[0],
         channel_mult=_multiples(channels, where),
         num_res_blocks=file.get("layers_per_block", 1),
-        scale=file.get("scaling_factor", 0.18215),
+        scale=float(file.get("scaling_factor", 0.18215)),
         norm_groups=file.get("norm_num_groups", 32),
     )
 
@@ -232,7 +235,7 @@ def _need(file: Json, key: str, where: str) -> Any:
 def _same(value: int | Sequence[int], key: str, where: str) -> int:
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:
-        raise ModelError(f"{where}: {key} is {value}; only one number for all levels is supported")
+        raise ModelError(f"{where}: {key} is {value}; only one number for all of them is supported")
     return values.pop()
 
 

@@ -69,15 +69,16 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
         if (folder / other).exists():
             raise ModelError(f"{folder} has a {other}: it is not a Stable Diffusion 1.x or 2.x model")
     files = {part: folder / part / "config.json" for part in STEMS}
-    unet, vae = _understood(configs.read_unet, files["unet"]), _understood(configs.read_vae, files["vae"])
-    text = _understood(configs.read_text, files["text_encoder"])
-    schedule, says = _schedule(folder / "scheduler" / "scheduler_config.json", text)
+    unet = _built(UNet, configs.read_unet, files["unet"])
+    vae = _built(VAE, configs.read_vae, files["vae"])
+    text = _built(ClipText, configs.read_text, files["text_encoder"])
+    schedule, says = _schedule(folder / "scheduler" / "scheduler_config.json", text.config)
     return LatentModel(
-        family=presets.family_of(text),
-        unet=on_meta(lambda: UNet(unet)),
-        vae=on_meta(lambda: VAE(vae)),
-        text=on_meta(lambda: ClipText(text)),
-        tokenizer=_tokenizer(folder / "tokenizer", text),
+        family=presets.family_of(text.config),
+        unet=unet,
+        vae=vae,
+        text=text,
+        tokenizer=_tokenizer(folder / "tokenizer", text.config),
         schedule=schedule,
         prediction=presets.known_prediction(prediction or says, str(folder)),
         resolution=_understood(configs.read_sample_size, files["unet"]) * vae.factor,
@@ -166,6 +167,13 @@ def _own_name(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
+def _built(
+    network: Callable[[Config], nn.Module], read: Callable[[dict[str, Any], str], Config], file: Path
+) -> nn.Module:
+    """A network of what a config.json says, on the meta device; raises as `_understood`."""
+    return _understood(lambda said, where: on_meta(lambda: network(read(said, where))), file)
+
+
 def _understood(read: Callable[[dict[str, Any], str], Config], file: Path) -> Config:
     """What a JSON file says, read by a function of `configs`. Raises ModelError if a value is of no use to it."""
     if not file.is_file():
@@ -174,7 +182,7 @@ def _understood(read: Callable[[dict[str, Any], str], Config], file: Path) -> Co
         return read(read_json(file), str(file))
     except ModelError:
         raise
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError, RuntimeError) as error:
         raise ModelError(f"a setting in {file} has a value of a wrong kind ({error})") from error
 
 

@@ -310,6 +310,11 @@ class TestFolders:
         assert model.prediction == (prediction or "v_prediction")
         assert (model.tokenizer.pad, model.schedule) == (pad, presets.SD_SCHEDULE)
 
+    def test_a_square_sample_size(self, ours: LatentModel, copy: Path) -> None:
+        file = copy / "unet" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": [8, 8]}))
+        assert models.outline(copy).resolution == ours.resolution
+
     def test_the_callers_prediction_wins(self, copy: Path) -> None:
         assert models.load(copy, prediction="v_prediction").prediction == "v_prediction"
         with pytest.raises(ModelError, match="'sample'"):
@@ -434,6 +439,14 @@ class TestFolders:
             ("unet", {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "their mirror image are supported"),
             ("unet", {"norm_num_groups": 5}, r"has 32 channels, no multiple of 5 \(norm_groups\)"),
             ("text_encoder", {"num_attention_heads": 5}, "cannot be divided among 5 heads"),
+            ("unet", {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; only one number"),
+            ("unet", {"norm_num_groups": None}, "unet.* value of a wrong kind"),
+            ("unet", {"in_channels": None}, "unet.* value of a wrong kind"),
+            ("vae", {"layers_per_block": [1, 1]}, "vae.* value of a wrong kind"),
+            ("vae", {"block_out_channels": []}, "vae.* value of a wrong kind"),
+            ("vae", {"scaling_factor": None}, "vae.* value of a wrong kind"),
+            ("text_encoder", {"num_hidden_layers": None}, "text_encoder.* value of a wrong kind"),
+            ("text_encoder", {"vocab_size": -1}, "text_encoder.* value of a wrong kind"),
             ("scheduler", {"beta_schedule": "foo"}, "no schedule 'foo' is known"),
         ],
     )
