@@ -33,12 +33,19 @@ class Shapes:
 
     def of(self, name: str, dims: int) -> tuple[int, ...]:
         """The shape of a tensor of so many dimensions. Raises ModelError if there is none, or of another
-        rank.
+        rank, or empty.
         """
+        if not self.shapes:
+            raise ModelError(
+                f"{self.where} has no tensor under {self.prefix}...: a whole model is needed, with UNet, VAE and text "
+                "encoder in one file or in a folder"
+            )
         shape = self.shapes.get(name)
         if shape is None or len(shape) != dims:
             found = "is missing" if shape is None else f"has shape {shape}, not {dims} dimensions"
             raise ModelError(f"{self.where}: the tensor {self.prefix}{name} {found}")
+        if 0 in shape:
+            raise ModelError(f"{self.where}: the tensor {self.prefix}{name} is empty")
         return shape
 
     def count(self, pattern: str) -> int:

@@ -49,7 +49,8 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
     found = {name: tuple(tensor.shape) for name, tensor in Weights((path,)).open().items()}
     if (kind := kind_of(found)) != STABLE_DIFFUSION:
         raise ModelError(
-            f"{path} is no Stable Diffusion checkpoint, but {kind.words}: no tensor is named {shapes.UNET}..."
+            f"{path} is no Stable Diffusion checkpoint, but {kind.words}: a file of 1.x or 2.x holds UNet, VAE and "
+            f"text encoder, the first under {shapes.UNET}..."
         )
     table = found.get(f"{LAYOUTS['text']['single openclip sgm'].prefix}token_embedding.weight", ())
     if any(name.startswith("conditioner.") for name in found) and table[-1:] != (SD2_WIDTH,):

@@ -813,6 +813,44 @@ class TestSingleFiles:
             with pytest.raises(ModelError, match="Stable Diffusion XL"):
                 models.load(tmp_path / "xl.safetensors")
 
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+            ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "a LoRA"),
+            ("unet.down_blocks.0.attentions.0.attn1.to_q.lora_A.weight", "a LoRA"),
+            ("down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight", "a LoRA"),
+            ("transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight", "a LoRA"),
+            ("control_model.input_blocks.0.0.weight", "a ControlNet"),
+            ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
+            ("encoder.conv_in.weight", "a VAE alone"), ("first_stage_model.decoder.mid.attn_1.q.weight", "a VAE alone"),
+            ("text_model.embeddings.token_embedding.weight", "a text encoder alone"),
+            ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "a text encoder alone"),
+            ("mid_block.resnets.0.conv1.weight", "a UNet alone"),
+            ("middle_block.1.transformer_blocks.0.attn2.to_k.weight", "a UNet alone"),
+            ("emb_params", "a learned word"), ("<frida>", "a learned word"),
+            ("model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight", "Stable Diffusion 3"),
+            ("double_blocks.0.img_attn.qkv.weight", "Flux"), ("x", "none of the kinds"),
+        ],
+    )  # fmt: skip
+    def test_other_files_are_called_by_what_they_are(self, tmp_path: Path, name: str, said: str) -> None:
+        save_file({name: torch.ones(1, 8)}, tmp_path / "a.safetensors")
+        with pytest.raises(ModelError, match=f"is no Stable Diffusion checkpoint, but .*{said}.*: a file of 1.x or"):
+            models.load(tmp_path / "a.safetensors")
+
+    @pytest.mark.parametrize("lost", ["first_stage_model.", "cond_stage_model."])
+    def test_a_file_without_one_of_the_networks(self, file: Path, tmp_path: Path, lost: str) -> None:
+        left = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(lost)}
+        save_file(left, tmp_path / "a.safetensors")
+        with pytest.raises(ModelError, match=rf"has no tensor under {lost}.*: a whole model is needed"):
+            models.load(tmp_path / "a.safetensors")
+
+    def test_an_empty_tensor(self, file: Path, tmp_path: Path) -> None:
+        for name in ("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"):
+            save_file(load_file(file) | {name: torch.ones(0, 4, 3, 3)}, tmp_path / "a.safetensors")
+            with pytest.raises(ModelError, match=f"{name} is empty"):
+                models.load(tmp_path / "a.safetensors")
+
     def test_an_existing_file_is_left_alone(self, model: LatentModel, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_text("mine")
         with pytest.raises(ModelError, match="exists"):
