@@ -6,6 +6,7 @@
 | AUTOMATIC1111 (`.pt`)       | string_to_token, string_to_param {'*'}, name | `name`                        |
 | kohya, invoke-training      | emb_params                                   | none inside: the file's stem  |
 | rinongal/textual_inversion  | string_to_param, a torch.nn.ParameterDict    | none inside: the file's stem  |
+| SDXL tools, for one encoder | clip_l                                       | none inside: the file's stem  |
 | SDXL tools                  | clip_l, clip_g                               | refused: two encoders         |
 
 Nothing in a file is executed: pickles are read with torch's restricted unpickler, and
@@ -26,12 +27,14 @@ from torch import Tensor
 
 from inversion.errors import InversionError
 
+NAMELESS = ("emb_params", "clip_l")     # keys that are no word
+
 
 def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every learned word of a file, and what the file says about itself.
 
     Returns ({word: (n, D) float32 on the CPU, finite}, metadata). Raises InversionError for what is missing,
-    damaged, made for two text encoders, or not an embedding.
+    damaged, made for several text encoders, or not an embedding.
     """
     if not path.is_file():
         raise InversionError(f"there is no embedding file at {path}")
@@ -43,7 +46,15 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     content, metadata = _read_safetensors(path) if _is_safetensors(path, head) else _read_pickle(path)
     named, said = _named(content, path)
-    return {word: _vectors(value, word, path) for word, value in named.items()}, metadata | said
+    words = {word: _vectors(value, word, path) for word, value in named.items()}
+    widths = sorted({vectors.shape[1] for vectors in words.values()})
+    if len(widths) > 1:
+        raise InversionError(
+            f"{path} holds {len(words)} tensors of widths {', '.join(map(str, widths[:8]))}, and the words of one "
+            "model have one: it was made for several text encoders, as those of SDXL, or holds a LoRA or other "
+            "weights; use a learned word of Stable Diffusion 1.x or 2.x"
+        )
+    return words, metadata | said
 
 
 def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[str, str]) -> None:
@@ -98,7 +109,7 @@ def _named(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         params = content["string_to_param"]
         if not isinstance(params, Mapping | torch.nn.ParameterDict) or not len(params):
             raise InversionError(f"{path} is no embedding file: its string_to_param holds no vectors by name")
-        params = dict(params.items())
+        params = {str(key): value for key, value in params.items()}
         name = content.get("name")
         if len(params) == 1:
             params = {name if isinstance(name, str) and name else path.stem: next(iter(params.values()))}
@@ -106,7 +117,7 @@ def _named(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return params, {
             ours: str(content[key]) for ours, key in known.items() if content.get(key) is not None
         }
-    return {path.stem if key == "emb_params" else str(key): value for key, value in content.items()}, {}
+    return {path.stem if key in NAMELESS else str(key): value for key, value in content.items()}, {}
 
 
 def _vectors(value: Any, word: str, path: Path) -> Tensor:

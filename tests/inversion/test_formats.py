@@ -103,6 +103,32 @@ def test_tensors_that_are_no_vectors_are_refused(value: torch.Tensor, said: str,
         Concept.load(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"text_encoders_0": torch.ones(2, 768), "text_encoders_1": torch.ones(2, 1280)},           # SDXL, by diffusers
+        {"clip_l": torch.ones(2, 768), "t5": torch.ones(2, 4096)},
+        {"unet.to_q.lora_A.weight": torch.ones(4, 320), "unet.to_q.lora_B.weight": torch.ones(320, 4)},
+    ],
+)
+def test_tensors_of_several_widths_are_not_words_of_one_model(tensors: dict, tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(InversionError, match=r"2 tensors of widths \d+, \d+.*several text encoders.*or holds a LoRA"):
+        Concept.load(tmp_path / "x.safetensors", placeholder=next(iter(tensors)))
+
+
+def test_the_name_of_a_text_encoder_is_no_word(tmp_path: Path) -> None:
+    save_file({"clip_l": torch.ones(2, 768)}, tmp_path / "frida.safetensors")
+    assert Concept.load(tmp_path / "frida.safetensors").placeholder == "frida"
+
+
+def test_words_under_numbers(tmp_path: Path) -> None:
+    torch.save({"string_to_param": {265: torch.ones(1, 8), 266: torch.zeros(1, 8)}}, tmp_path / "x.pt")
+    with pytest.raises(InversionError, match=r"holds 2 words \(265, 266\)"):
+        Concept.load(tmp_path / "x.pt")
+    assert torch.equal(Concept.load(tmp_path / "x.pt", placeholder="266").vectors, torch.zeros(1, 8))
+
+
 def test_a_file_whose_name_is_no_word_says_how_to_call_it(tmp_path: Path) -> None:
     save_file({"emb_params": torch.zeros(2, 4)}, tmp_path / "my dog.safetensors")
     with pytest.raises(InversionError, match=r"of .*my dog\.safetensors would be called 'my dog'.*WORD=FILE"):
