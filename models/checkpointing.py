@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from models.once import once_differentiable
 
 Checkpointing = Literal["none", "attention", "blocks"]
 AT_ONCE = nullcontext()     # no turn is waited for

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from models.layout import empty
+from models.once import once_differentiable
 
 LARGER = 256                # for smaller maps, putting the weight in order costs more than it saves
 BAND_BYTES = 16 * 2**20     # of products at a time

@@ -3,16 +3,17 @@
 Autograd keeps what each single operation may need: of a convolution its input, which only the gradient of the weight
 reads; of a gate its factors, which are quickly computed anew. Here a convolution keeps its weight and nothing else,
 and GEGLU the projection that it halves. (Group norm has a file of its own. A linear layer and a layer norm of frozen
-weights keep no more than they need under autograd itself.) No second derivative.
+weights keep no more than they need under autograd itself.) No second derivative, see `once`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from models import unfolded, winograd
 from models.layout import laid_out
+from models.once import once_differentiable
 
 Pair = tuple[int, int]
 FEWER = 8     # times fewer channels out than in: there torch's transposed convolution took 20 ms, a plain one 0.6

@@ -11,9 +11,10 @@ own, and the variance of a group is the mean of its channels' variances and of t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from models.layout import laid_out
+from models.once import once_differentiable
 
 
 def frozen_group_norm(

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from models.fused_attention import fused_attention
+from models.once import once_differentiable
 
 # Of scores. On a CPU products of few rows are slow, and beyond two megabytes heads are better taken one at a time; on a
 # GPU few kernels count for more.

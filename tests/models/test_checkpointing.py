@@ -137,9 +137,8 @@ def test_another_thread_s_first_run_is_not_recorded_here() -> None:
 
 def test_a_second_derivative_is_an_error() -> None:
     x = numbers(3).requires_grad_()
-    (first,) = torch.autograd.grad((checkpoint(lambda x: x**3, x) * x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad((checkpoint(lambda x: x**3, x) * x).sum(), x, create_graph=True)
 
 
 def test_a_list_of_outputs_is_as_good_as_a_tuple() -> None:
