@@ -28,8 +28,11 @@ SOME = 3 * 2**20            # numbers of the weight that are put in order at a t
 def is_worth_it(x: Tensor, weight: Tensor) -> bool:
     """Whether the convolution of twice(x) is better made here. x: (B, C, h, w), weight: (C_out, C, 3, 3).
 
-    Not in bfloat16: the sums take as long as what they save, and round two and a half times as much.
+    Not in bfloat16: the sums take as long as what they save, and round two and a half times as much. Not compiled:
+    torch.compile makes other numbers of its writes into parts of a map, or nothing at all (torch 2.14).
     """
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" and x.dtype != torch.bfloat16 and LARGER * x.numel() > weight.numel()
 
 

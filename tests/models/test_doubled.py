@@ -64,6 +64,14 @@ def test_layers_that_double_take_this_way_if_frozen(grad: bool, monkeypatch: pyt
         calls.clear()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")       # torch.compile's own
+def test_compiled_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    upsample, x = Upsample(8).double().requires_grad_(False), numbers(2, 8, 6, 5)
+    found = torch.compile(upsample, backend="aot_eager")(x)
+    torch.testing.assert_close(found, upsample(x), rtol=0, atol=1e-13)        # float64 sums of 72 products below 1
+
+
 def test_products_of_a_band_take_no_more_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doubled, "BAND_BYTES", 8 * 7 * 36 * 5)
     made, linear = [], F.linear
