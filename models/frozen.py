@@ -47,7 +47,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight = ctx.saved_tensors[0].to(dy.dtype)                      # another one than dy's if autocast made y
         if ctx.tiles:
             dx = winograd.gradient(dy, weight)
         elif ctx.unfolds:

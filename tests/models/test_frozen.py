@@ -111,6 +111,21 @@ def test_bfloat16_is_rounded_once() -> None:
     torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-8, atol=1e-5)     # to the neighbour at most
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("out", [1, 8])
+def test_a_convolution_under_autocast_has_its_gradient_outside_of_it(out: int, stride: int) -> None:
+    x, weight = numbers(2, 8, 6, 6).float().requires_grad_(), numbers(out, 8, 3, 3, seed=1).float()
+    found, wanted = (_outside(f, x, weight, None, (stride, stride), (1, 1)) for f in (conv2d, F.conv2d))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=2e-2)      # bfloat16, sums of up to 72 products of 1
+
+
+def _outside(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = function(x, *rest)
+    return torch.autograd.grad(y, x, numbers(*y.shape, seed=2).to(y.dtype))[0]
+
+
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch has no autocast for GPUs")
 def test_on_a_gpu_it_stays_in_its_dtype_under_autocast() -> None:
     """As its backward pass needs it; torch's own group norm would answer in float32."""
