@@ -54,7 +54,9 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
         if not isinstance(log_p, Tensor) or log_p.shape != t.shape:
             found = f"a tensor {tuple(log_p.shape)}" if isinstance(log_p, Tensor) else f"a {type(log_p).__name__}"
             raise GuidanceError(f"a log-probability is a tensor ({len(x)},), a number an image, not {found}")
-        grad = torch.autograd.grad(log_p.sum(), x)[0] if log_p.requires_grad else torch.zeros_like(x)
+        grad = torch.zeros_like(x)
+        if log_p.requires_grad:
+            (grad,) = torch.autograd.grad(log_p.sum(), x, materialize_grads=True)   # by x perhaps not, by weights alone
         finite, there = grad.flatten(1).isfinite().all(dim=1), grad.flatten(1).any(dim=1)      # (B,)
         for wrong, of in (("is not finite", ~finite), ("is zero", finite & ~there)):
             if of.any() and wrong not in said:

@@ -171,8 +171,10 @@ def test_one_image_s_trouble_is_its_own() -> None:
     ]  # fmt: skip
 
 
-def test_a_score_that_does_not_look_at_the_image_guides_nowhere() -> None:
-    gradient = gradient_of(lambda x, t: torch.zeros(len(x)), 1.0)
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_score_that_does_not_look_at_the_image_guides_nowhere(learns: bool) -> None:
+    """Nor does one that has a gradient by a network's weights alone."""
+    gradient = gradient_of(lambda x, t: torch.zeros(len(x), requires_grad=learns) + 1, 1.0)
     with pytest.warns(UserWarning, match="is zero"):
         assert not gradient(torch.ones(2, 1, 2, 2), Level(7.0, 0.5)).any()
 
