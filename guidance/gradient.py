@@ -82,7 +82,8 @@ def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Grad
     """
     if not isinstance(getattr(network, "classes", None), int):
         raise GuidanceError(f"a {type(network).__name__} is no classifier: take one of models.load_classifier")
-    if isinstance(classes, str) or not isinstance(classes, (Sequence, Tensor)):
+    listed = classes.ndim > 0 if isinstance(classes, Tensor) else isinstance(classes, Sequence)
+    if isinstance(classes, str) or not listed:
         raise GuidanceError(f"classes are one an image, [{classes!r}] for one, not {classes!r}")
     numbers = [_number(network, asked) for asked in classes]
     wrong = [asked for asked, y in zip(classes, numbers) if not 0 <= y < network.classes]
@@ -90,13 +91,14 @@ def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Grad
         what = f"class {wrong[0]} is none" if wrong else "no class is named"
         known = getattr(network, "names", f"0 to {network.classes - 1}")
         raise GuidanceError(f"{what}: this classifier knows {known}, and wants one an image")
+    parameters = getattr(network, "parameters", tuple)
     with torch.inference_mode(False):
         y = torch.tensor(numbers)
 
     def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
         if len(x_t) != len(y):
             raise GuidanceError(f"{len(y)} classes for {len(x_t)} image{'s' * (len(x_t) > 1)}: give one an image")
-        weight = next(network.parameters())
+        weight = next(iter(parameters()), x_t)               # of a network that has none, as x_t is
         logits = network(x_t.to(weight), t.to(weight.device)).to(x_t)                          # (B, classes)
         return logits.log_softmax(dim=1).gather(1, y.to(x_t.device)[:, None]).squeeze(1)
 

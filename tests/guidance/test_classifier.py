@@ -192,7 +192,21 @@ def test_classes_are_numbers_of_any_make() -> None:
         assert torch.equal(classifier(network, asked, 1.0)(x, level), wanted)
 
 
-@pytest.mark.parametrize("asked", [3, "heart", None])
+@pytest.mark.parametrize("base", [object, torch.nn.Module])
+def test_a_classifier_is_anything_that_has_classes_and_gives_logits(base: type) -> None:
+    """A function, an ensemble, a module without weights of its own."""
+
+    def logits(self: object, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t.flatten(1)[:, :3]
+
+    network, x = type("Plain", (base,), {"classes": 3, "__call__": logits})(), torch.randn(2, 3, 4, 4)
+    gradient = classifier(network, [2, 0], 1.0)(x, Level(7.0, 0.5)).flatten(1)
+    wanted = torch.eye(3)[[2, 0]] - x.flatten(1)[:, :3].softmax(dim=1)      # of log softmax
+    torch.testing.assert_close(gradient[:, :3], wanted, rtol=0, atol=1e-6)
+    assert not gradient[:, 3:].any()
+
+
+@pytest.mark.parametrize("asked", [3, "heart", None, torch.tensor(3)])
 def test_classes_that_are_no_list_are_refused(asked: object) -> None:
     with pytest.raises(GuidanceError, match="classes are one an image"):
         classifier(tiny_classifier(), asked, 1.0)
