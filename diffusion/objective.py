@@ -66,7 +66,7 @@ def min_snr_weight(schedule: Schedule, form: str, t: Tensor, gamma: float = 5.0)
 
 
 class HybridLoss(NamedTuple):
-    """The two terms of a learned-variance network's loss, (B,) each; train on `mse + vb`."""
+    """The two terms of a learned-variance network's loss, (B,) float32 (or float64) each; train on `mse + vb`."""
 
     mse: Tensor
     vb: Tensor
@@ -81,6 +81,7 @@ def hybrid_loss(
     noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon. Raises
     DiffusionError for another form, a time that the schedule does not have, and epsilon at alpha_bar = 0.
     """
+    output, x0, noise = (_wide(each) for each in (output, x0, noise))
     answer, raw = output.chunk(2, dim=1)
     x_t = schedule.q_sample(x0, t, noise)
     predicted = predict(form, x_t, answer.detach(), schedule.alpha_bar(t)).x0
@@ -94,9 +95,10 @@ def variational_bound(
     """One term of the variational bound, bits a dimension (Nichol & Dhariwal 2021, equations 4 to 6).
 
     predicted, x0, x_t: (B, C, H, W), x_0 as a network has it and as it is, in [-1, 1]. var_frac: the same shape, where
-    the variance lies, 0 to 1, see `Prediction`. t: (B,) int64. Returns (B,). Raises DiffusionError for a time that the
-    schedule does not have.
+    the variance lies, 0 to 1, see `Prediction`. t: (B,) int64. Returns (B,) float32 (or float64). Raises DiffusionError
+    for a time that the schedule does not have.
     """
+    predicted, var_frac, x0, x_t = (_wide(each) for each in (predicted, var_frac, x0, x_t))
     now, before = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)
     t_kept = t.clamp(min=1)  # the posterior at t = 0 has no variance: the published objective takes t = 1
     small = posterior_variance(schedule.alpha_bar(t_kept), schedule.alpha_bar(t_kept - 1))
@@ -109,6 +111,11 @@ def variational_bound(
     nll = -_pixel_log_likelihood(x0, mean, 0.5 * log_variance)
     kl, nll = (term.flatten(1).mean(1) / math.log(2) for term in (kl, nll))
     return torch.where(t.to(x0.device) == 0, nll, kl)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or float64: a variance of 1e-9 is divided by, and logarithms of -20 are subtracted."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

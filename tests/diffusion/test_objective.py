@@ -106,6 +106,18 @@ def test_bound_at_time_zero_is_a_likelihood_of_pixels() -> None:
     assert far.item() == pytest.approx(-math.log2(1e-12), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bound_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """Of the numbers that come in: in their dtype it was wrong by half."""
+    schedule, t = Schedule("squaredcos_cap_v2", steps=4000), torch.tensor([0, 1, 1333, 3999])
+    x0, noise, wrong = (torch.rand(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(dtype)
+    output = torch.cat([noise + wrong / 4, wrong], dim=1)
+    wanted = hybrid_loss(schedule, output.double(), x0.double(), t, noise.double())
+    for found, exact in zip(hybrid_loss(schedule, output, x0, t, noise), wanted):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-6)    # float32, a difference of 1s
+
+
 def test_hybrid_is_the_same_bound_of_a_network_that_predicts_v() -> None:
     schedule, t = Schedule("linear"), torch.tensor([1, 400, 900])
     x0, noise, wrong, raw = torch.rand(4, 3, 3, 4, 4, dtype=torch.float64) * 2 - 1
