@@ -105,7 +105,7 @@ class Schedule:
         """A draw from q(x_t | x_0), Ho et al. 2020, equation 4.
 
         x0, noise: (B, …) of one floating dtype. t: (B,) int64. Returns x_t, (B, …), x0's dtype and device.
-        Raises DiffusionError as `alpha_bar`, and unless there are as many times as samples.
+        Raises DiffusionError as `alpha_bar`, for whole numbers, and unless there are as many times as samples.
         """
         alpha_bar = self.alpha_bar(t)
         return coefficient(alpha_bar**0.5, x0) * x0 + coefficient((1 - alpha_bar) ** 0.5, x0) * noise
@@ -147,12 +147,15 @@ def coefficient(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A finished coefficient, ready to multiply `like` (B, …).
 
     value: a float, returned as it is, or (B,) float64, cast and returned as (B, 1, …). Raises DiffusionError for
-    another number of them than B.
+    another number of them than B, and where `like` holds whole numbers, among which the coefficient would be 0.
     """
     if not isinstance(value, Tensor):
         return value
+    if not (like.is_floating_point() or like.is_complex()):
+        raise DiffusionError(f"a batch of {like.dtype} has no noise levels: give floats, as images in [-1, 1]")
     if value.ndim and value.shape != like.shape[:1]:
-        raise DiffusionError(f"{value.shape[0]} times were given for a batch of {like.shape[0]}")
+        found = f"{len(value)} times" if value.ndim == 1 else f"times {tuple(value.shape)}"
+        raise DiffusionError(f"{found} were given for a batch of {len(like)}: give ({len(like)},)")
     return value.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 

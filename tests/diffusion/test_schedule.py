@@ -135,6 +135,15 @@ def test_snr() -> None:
             lambda: Schedule("linear").q_sample(torch.zeros(3, 1), torch.tensor([1, 2]), torch.zeros(3, 1)),
             "2 times were given for a batch of 3",
         ),
+        (
+            lambda: Schedule("linear").q_sample(torch.zeros(3, 1), torch.ones(3, 1).long(), torch.zeros(3, 1)),
+            r"times \(3, 1\) were given for a batch of 3: give \(3,\)",
+        ),
+        (   # as pixels are read: multiplied by coefficients of 0, they were black
+            lambda: Schedule("linear").q_sample(torch.ones(1, 3).byte(), torch.tensor([1]), torch.zeros(1, 3)),
+            "a batch of torch.uint8 has no noise levels: give floats",
+        ),
+        (lambda: Schedule("linear").velocity(torch.ones(1, 3).long(), torch.tensor([1]), torch.zeros(1, 3)), "int64"),
     ],
 )
 def test_refused(make: object, sentence: str) -> None:
