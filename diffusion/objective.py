@@ -79,8 +79,14 @@ def hybrid_loss(
 
     output: (B, 2C, H, W), what the network predicts and then the raw variance in [-1, 1], at x_t = q_sample(x0, t,
     noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon. Raises
-    DiffusionError for another form, a time that the schedule does not have, and epsilon at alpha_bar = 0.
+    DiffusionError for another form, another number of channels, a time that the schedule does not have, and epsilon at
+    alpha_bar = 0.
     """
+    if output.shape[1] != 2 * x0.shape[1]:
+        raise DiffusionError(
+            f"a network that learned its variance answers {2 * x0.shape[1]} channels of {x0.shape[1]}, this one "
+            f"{output.shape[1]}: take `mse` where there is none"
+        )
     output, x0, noise = (_wide(each) for each in (output, x0, noise))
     answer, raw = output.chunk(2, dim=1)
     x_t = schedule.q_sample(x0, t, noise)

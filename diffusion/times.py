@@ -13,7 +13,7 @@ with each sampler.
 
 import bisect
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 from diffusion.errors import DiffusionError
 from diffusion.samplers import SAMPLERS
@@ -67,6 +67,8 @@ def respaced(spec: str, steps: int = 1000) -> list[float]:
     time moved from T - 1 to T - 3). Returns descending floats. Raises DiffusionError for a spec that is none of
     these or does not fit.
     """
+    if not isinstance(spec, str):
+        raise DiffusionError(f"a spacing is a text, '100' for as many steps, not {spec!r}")
     if spec == "fast27":
         return [float(steps - 3), *respaced("10,10,3,2,2", steps)[1:]]
     if spec.startswith("ddim") and spec[4:].isdecimal():
@@ -149,8 +151,8 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
 
 
 def _check(steps: int, n: int) -> None:
-    if not 1 <= n <= steps:
-        raise DiffusionError(f"{n} steps do not fit a schedule of {steps}: take between 1 and {steps}")
+    if not isinstance(n, Integral) or not 1 <= n <= steps:
+        raise DiffusionError(f"{n} steps do not fit a schedule of {steps}: take between 1 and {steps}, a whole number")
 
 
 def _sections(counts: list[int], steps: int) -> list[int]:

@@ -142,6 +142,12 @@ def test_hybrid_of_a_network_that_predicts_v_knows_pure_noise() -> None:
         hybrid_loss(schedule, torch.cat([v, v], dim=1), x0, t, noise)
 
 
+def test_hybrid_needs_a_variance() -> None:
+    x0, t = torch.zeros(1, 4, 2, 2), torch.tensor([3])
+    with pytest.raises(DiffusionError, match="answers 8 channels of 4, this one 4: take `mse`"):
+        hybrid_loss(Schedule("linear"), x0, x0, t, x0)
+
+
 def test_hybrid_trains_the_mean_by_the_error_alone() -> None:
     schedule, t = Schedule("squaredcos_cap_v2", steps=100), torch.tensor([0, 60])
     x0, noise = torch.rand(2, 2, 3, 4, 4) * 2 - 1
