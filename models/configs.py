@@ -179,13 +179,14 @@ def write_text(config: ClipTextConfig, begin: int, end: int, pad: int) -> dict[s
 def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
     """A scheduler_config.json: keyword arguments of diffusion.Schedule, and the prediction type.
 
-    Raises ModelError as above, and for a scheduler without betas: diffusers writes those of every process that has any.
+    Raises ModelError as above, and for a class of schedulers without betas: diffusers writes those of every one that
+    has any.
     """
     _refuse(file, SCHEDULE_FIXED, where)
-    if not any(key.startswith("beta_") for key in file):
+    if (made_by := file.get("_class_name")) and not any(key.startswith("beta_") for key in file):
         raise ModelError(
-            f"{where} has no betas: it is of {file.get('_class_name', 'no known scheduler')}, for flow matching or "
-            "another process than the one here, whose model predicts epsilon or v"
+            f"{where} has no betas: it is of {made_by}, for flow matching or another process than the one here, whose "
+            "model predicts epsilon or v"
         )
     schedule = {
         "name": file.get("beta_schedule", "linear"),

@@ -209,7 +209,6 @@ POSITIONS = r"(.*\.)?embeddings\.position_ids"
 CLIP_HEAD = r"cond_stage_model\.(logit_scale|text_projection|transformer\.text_projection\.weight)"
 
 
-
 def _openclip(prefix: str) -> Layout:
     spare = rf"logit_scale|text_projection|attn_mask|transformer\.resblocks\.(?P<block>\d+)\..+|{POSITIONS}"
     return Layout(prefix, OPENCLIP, unused=rf"{re.escape(prefix)}({spare})")

@@ -103,8 +103,8 @@ def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None)
 
 def _parts(model: LatentModel) -> list[Part]:
     """A model's networks and how a single file of its family names them."""
-    tower = "single openclip" if model.text.config.activation == "gelu" else "single"
-    tower = model.names.get("single", tower)
+    usual = "single openclip" if model.text.config.activation == "gelu" else "single"
+    tower = model.names.get("single", usual)
     return [
         Part(model.unet, LAYOUTS["unet"]["single"]),
         Part(model.vae, LAYOUTS["vae"]["single"]),
