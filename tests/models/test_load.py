@@ -476,6 +476,14 @@ class TestFolders:
         with pytest.raises(ModelError, match="use_flow_sigmas is True; only False"):
             models.load(copy)
 
+    def test_a_schedule_that_no_class_wrote_has_the_usual_betas(self, copy: Path) -> None:
+        (copy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+        found = models.load(copy)
+        usual = diffusers.DDIMScheduler().config
+        assert found.prediction == "v_prediction"
+        assert found.schedule["name"] == usual.beta_schedule
+        assert (found.schedule["beta_start"], found.schedule["beta_end"]) == (usual.beta_start, usual.beta_end)
+
     def test_a_thousand_betas_are_not_all_told(self, copy: Path) -> None:
         file = copy / "scheduler" / "scheduler_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_betas": [0.1] * 1000}))
