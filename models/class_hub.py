@@ -13,7 +13,7 @@ from models.class_model import ClassModel
 from models.classifier import Classifier, ClassifierConfig
 from models.devices import choose_device
 from models.errors import ModelError
-from models.fetching import cache, fetch
+from models.fetching import cache, fetch, to_be_removed
 from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
@@ -34,10 +34,8 @@ def load_published(name: str, dtype: torch.dtype | str | None, device: torch.dev
     """
     preset = (ADM | ADM_UPSAMPLERS)[name.removeprefix("adm-")]
     path = _fetched(FILES[name])
-    try:
+    with to_be_removed(path):
         model = read_class_model(path, dtype, device, preset=preset)
-    except ModelError as error:
-        raise ModelError(f"{error}; remove {path} to have it fetched anew") from error
     model.source = name
     return model
 
@@ -62,10 +60,8 @@ def load_classifier(
             raise ModelError(f"there is no file {source}; the classifiers known by name are: {known}")
         return read_classifier(path, dtype, device, config)
     path, config = _fetched(CLASSIFIERS[source]), ADM_CLASSIFIERS[source.removeprefix("adm-")]
-    try:
+    with to_be_removed(path):
         return read_classifier(path, dtype, device, config)
-    except ModelError as error:
-        raise ModelError(f"{error}; remove {path} to have it fetched anew") from error
 
 
 def _fetched(file: str) -> Path:

@@ -3,7 +3,8 @@
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
@@ -46,6 +47,15 @@ def fetch(url: str, path: Path) -> Path:
         ) from error
     os.replace(beside, path)
     return path
+
+
+@contextmanager
+def to_be_removed(path: Path) -> Iterator[None]:
+    """Say of what is wrong with a fetched file how to get another."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error}; remove {path} to have it fetched anew") from error
 
 
 def _download(url: str, beside: Path) -> None:

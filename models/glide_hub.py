@@ -4,8 +4,8 @@ A file counts as fetched only when all of its bytes have come, and is only used 
 of the network that it should be; what is refused is named, to be removed.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from models.devices import choose_device
 from models.errors import ModelError
-from models.fetching import cache, fetch_all
+from models.fetching import cache, fetch_all, to_be_removed
 from models.files import Weights
 from models.glide import GlideModel
 from models.glide_file import read_glide
@@ -53,7 +53,7 @@ def load_noisy_clip(
     for path, encoder in zip(paths, (clip.text_encoder, clip.image_encoder)):
         if not path.is_file():
             raise ModelError(f"there is no {path}: a folder of CLIP holds clip_text_enc.pt and clip_image_enc.pt")
-        with _to_be_removed(path, source == "glide"):
+        with to_be_removed(path) if source == "glide" else nullcontext():
             fill([Part(encoder, Layout())], Weights((path,)), dtype, device)
     return clip
 
@@ -64,18 +64,9 @@ def fetched(parts: Sequence[str]) -> list[Path]:
 
 
 def _checked(path: Path, part: str, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
-    with _to_be_removed(path):
+    with to_be_removed(path):
         model = read_glide(path, dtype, device)
         for name, preset in GLIDE.items():
             if model.unet.config == preset.unet and name != part:
                 raise ModelError(f"{path} is GLIDE's {name}, and should be its {part}")
     return model
-
-
-@contextmanager
-def _to_be_removed(path: Path, fetched: bool = True) -> Iterator[None]:
-    """Say of what is wrong with a fetched file how to get another."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{error}; remove {path} to have it fetched anew" if fetched else str(error)) from error
