@@ -222,7 +222,7 @@ def _followed(device: torch.device) -> tuple[torch.device, AbstractContextManage
 
 def _placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemory) -> tuple[Any, set[int]]:
     """A model with weights without numbers, run in a way, those on the device held; and the ids of those that wait."""
-    _write(_networks(shell).values(), choose_dtype(setting.dtype, setting.dtype, where), where)
+    _write(shell.networks().values(), choose_dtype(setting.dtype, setting.dtype, where), where)
     model = replace(shell)
     waiting = _waiting(model, setting.offload)
     with memory:
@@ -289,19 +289,13 @@ def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
         yield
 
 
-def _networks(model: Any) -> dict[str, nn.Module]:
-    """Those that it has: not a VAE that was let go."""
-    gone = {"vae"} if getattr(model, "released", False) else set()
-    return {name: part for name, part in vars(model).items() if isinstance(part, nn.Module) and name not in gone}
-
-
 def _parameters(model: Any) -> list[Tensor]:
-    return [p for network in _networks(model).values() for p in parameters_of(network)]
+    return [p for network in model.networks().values() for p in parameters_of(network)]
 
 
 def _shell(model: Any) -> Any:
     """A model like another, without its upsampler, with its encoder, on the meta device."""
-    networks = {name: on_meta(partial(type(part), part.config)) for name, part in _networks(model).items()}
+    networks = {name: on_meta(partial(type(part), part.config)) for name, part in model.networks().items()}
     others = {"upsampler": None, "released": False}
     others = {name: value for name, value in others.items() if getattr(model, name, value) != value}
     return replace(model, **networks, **others)
@@ -317,7 +311,7 @@ def _write(networks: Iterable[nn.Module], dtype: torch.dtype, device: torch.devi
 
 def _waiting(model: Any, offload: str) -> set[int]:
     """Which weights wait in host memory, by their id."""
-    idle = [part for name, part in _networks(model).items() if name != "unet"] if offload != "none" else []
+    idle = [part for name, part in model.networks().items() if name != "unet"] if offload != "none" else []
     layers = model.unet.layers() if offload == "stream" else []
     return {id(p) for part in (*idle, *layers) for p in parameters_of(part)}
 

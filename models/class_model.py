@@ -19,13 +19,13 @@ from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.class_names import ClassNames
 from models.errors import ModelError
-from models.latent import Sampling
-from models.offload import Offload, require_no_offload
+from models.offload import Offload
 from models.pixels import PixelModel
 from models.streaming import Window
 from models.text import TextFeatures
 from models.tokenizer import Tokens
 from models.unet import UNet
+from models.unet_model import Sampling
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class ClassModel(PixelModel):
     classes: their names, none for an unconditional model. schedule: keyword arguments of diffusion.Schedule.
     resolution: side of the images that it was trained on. source: where it is from. null: whether it met ∅ in training.
     factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
-    upsampler: what enlarges this one's images, if anything does.
+    upsampler: what enlarges this one's images, if anything does. checkpointing, attention, offload, window: see
+    `UNetModel`.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -93,9 +94,7 @@ class ClassModel(PixelModel):
             pairs["the upsampler's resolution and what it should make of this model's"] = (
                 self.upsampler.resolution, self.upsampler.factor * self.resolution,
             )  # fmt: skip
-        for what, (first, second) in pairs.items():
-            if first != second:
-                raise ModelError(f"{self.source}: {what} differ, {first} and {second}")
+        self.require_fit(pairs)
         if unet.out_channels not in (3, 6):
             raise ModelError(f"{self.source} answers {unet.out_channels} channels: neither 3, nor 6 with a variance")
         if not (self.classes.names or self.null):
@@ -116,17 +115,6 @@ class ClassModel(PixelModel):
         """What suits it when images are drawn: the steps of guided-diffusion's README."""
         steps = min(250, self.schedule.get("steps", 1000))
         return Sampling("ddpm", str(steps), 2.0 if self.guides_itself and self.factor == 1 else 1.0)
-
-    def to(self, device: torch.device | str) -> "ClassModel":
-        """Move the network, and the upsampler's, to a device. Returns itself.
-
-        Raises ModelError for a model with offload, whose networks have their places.
-        """
-        require_no_offload(self)
-        for part in (self.unet, self.upsampler):
-            if part is not None:
-                part.to(device)
-        return self
 
     def encode_text(self, tokens: Tokens, extra: Tensor | None = None) -> TextFeatures:
         """The classes' vectors (B, E) as the pooled feature, zero for ∅; no feature at all from an unconditional model.

@@ -10,7 +10,6 @@ Source: Nichol et al. 2022 (GLIDE); openai/glide-text2im @ 69b5307, text2im_mode
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.attend import AttentionKind
@@ -18,13 +17,13 @@ from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
-from models.latent import PREDICTIONS, Sampling
-from models.offload import Offload, require_no_offload, runs_in, visit
+from models.offload import Offload, runs_in, visit
 from models.pixels import PixelModel
 from models.streaming import Window
 from models.text import TextFeatures
 from models.tokenizer import Tokens
 from models.unet import UNet
+from models.unet_model import Sampling
 
 
 @dataclass
@@ -34,9 +33,8 @@ class GlideModel(PixelModel):
     schedule: keyword arguments of diffusion.Schedule. resolution: side of the images that it was trained on.
     factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
     inpaints: it keeps a part of an image. source: where it is from. prediction: "epsilon", or "v_prediction" of an
-    upsampler trained here. upsampler: what enlarges this one's images, if anything does. checkpointing, attention: how
-    this one's UNet runs, see models.layers.Condition; answers are the same. offload, window: what waits in host memory
-    while it does not compute, as `models.load` placed it.
+    upsampler trained here. upsampler: what enlarges this one's images, if anything does. checkpointing, attention,
+    offload, window: see `UNetModel`.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -68,8 +66,6 @@ class GlideModel(PixelModel):
             "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
             "the tokenizer's length and the text's": (self.tokenizer.length, text.length),
         }  # fmt: skip
-        if self.prediction not in PREDICTIONS:
-            raise ModelError(f"{self.source} predicts {self.prediction!r}; known are {', '.join(PREDICTIONS)}")
         if self.upsampler is not None:
             if not (isinstance(self.upsampler, GlideModel) and self.upsampler.factor > 1) or self.factor > 1:
                 raise ModelError(
@@ -80,9 +76,7 @@ class GlideModel(PixelModel):
             pairs["the upsampler's resolution and what it should make of this model's"] = (
                 self.upsampler.resolution, self.upsampler.factor * self.resolution,
             )  # fmt: skip
-        for what, (first, second) in pairs.items():
-            if first != second:
-                raise ModelError(f"{self.source}: {what} differ, {first} and {second}")
+        self.require_fit(pairs)
 
     @property
     def family(self) -> str:
@@ -98,17 +92,6 @@ class GlideModel(PixelModel):
     def width(self) -> int:
         """D, the size of a token's vector."""
         return self.text.config.width
-
-    def to(self, device: torch.device | str) -> "GlideModel":
-        """Move the networks, and the upsampler's, to a device. Returns itself.
-
-        Raises ModelError for a model with offload, whose networks have their places.
-        """
-        require_no_offload(self)
-        for part in (self.unet, self.text, self.upsampler):
-            if part is not None:
-                part.to(device)
-        return self
 
     def embedding(self, token: int) -> Tensor:
         """(D,) float32: the vector of an existing token, a copy."""

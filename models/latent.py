@@ -6,7 +6,7 @@ dtype; what goes between them and out is float32 (float64 stays float64).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,36 +14,21 @@ from torch import Tensor
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
-from models.offload import Offload, present, require_no_offload, runs_in, visit
-from models.setting import Setting
+from models.offload import Offload, present, runs_in, visit
 from models.streaming import Window
 from models.text import ClipText, TextFeatures
 from models.tokenizer import ClipTokenizer, Tokens
 from models.unet import UNet
+from models.unet_model import Sampling, UNetModel, at_least_float32
 from models.vae import VAE
 from models.weights import on_meta
-
-PREDICTIONS = ("epsilon", "v_prediction")
-
-
-class Sampling(NamedTuple):
-    """How a model's images are usually drawn: a name of `diffusion.SAMPLERS`, its steps, the guidance scale.
-
-    steps: how many, or a spacing of `diffusion.respaced`. noise: the factor on the first x.
-    """
-
-    sampler: str
-    steps: int | str
-    scale: float
-    noise: float = 1.0
-
 
 SAMPLING = {"emoji": Sampling("ddim", 30, 5.0)}
 STABLE_DIFFUSION = Sampling("ddim", 50, 7.5)
 
 
 @dataclass
-class LatentModel:
+class LatentModel(UNetModel):
     """The networks of a latent diffusion model and what is needed to use them.
 
     family: "sd1", "sd2", or another name. schedule: keyword arguments of diffusion.Schedule. prediction:
@@ -51,9 +36,7 @@ class LatentModel:
     source: where it is from.
     names, kept: how the loaded file named its tensors, and those of them that no network uses, for `save`.
     shares: `predict` takes one x_t for several prompts, and computes once what comes before the first is read.
-    checkpointing, attention: how `predict` runs the UNet, see models.layers.Condition; answers are the same.
-    offload, window: what waits in host memory while it does not compute, as `models.load` placed it. released: the
-    VAE has left for good.
+    checkpointing, attention, offload, window: see `UNetModel`. released: the VAE has left for good.
 
     Raises ModelError for parts that do not fit each other.
     """
@@ -90,13 +73,7 @@ class LatentModel:
             "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
             "the tokenizer's length and the text's": (self.tokenizer.length, text.length),
         }  # fmt: skip
-        for what, (first, second) in pairs.items():
-            if first != second:
-                raise ModelError(f"{self.source}: {what} differ, {first} and {second}")
-        if self.prediction not in PREDICTIONS:
-            raise ModelError(
-                f"{self.source} predicts {self.prediction!r}; known are {', '.join(PREDICTIONS)}"
-            )
+        self.require_fit(pairs)
 
     @property
     def width(self) -> int:
@@ -107,31 +84,6 @@ class LatentModel:
     def sampling(self) -> Sampling:
         """What suits its family when images are drawn."""
         return SAMPLING.get(self.family, STABLE_DIFFUSION)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the UNet runs in."""
-        return next(self.unet.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the UNet is on."""
-        return next(self.unet.parameters()).device
-
-    @property
-    def setting(self) -> Setting:
-        """How it is run."""
-        return Setting(self.dtype, self.checkpointing, self.attention, self.offload)
-
-    def to(self, device: torch.device | str) -> "LatentModel":
-        """Move all networks, this object's own, to a device. Returns itself.
-
-        Raises ModelError for a model with offload, whose networks have their places.
-        """
-        require_no_offload(self)
-        for network in (self.unet, self.text) if self.released else (self.unet, self.text, self.vae):
-            network.to(device)
-        return self
 
     def embedding(self, token: int) -> Tensor:
         """(D,) float32: the vector of an existing token, a copy."""
@@ -150,9 +102,7 @@ class LatentModel:
 
         Or x_t and t are b, and the features those of B = k b prompts, of which every b are told of the same x_t.
         """
-        x_t, context = x_t.to(self.dtype), features.context.to(self.dtype)
-        how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
-        return at_least_float32(self.unet(x_t, t.to(x_t.device), context, **how))
+        return self.answer(x_t, t, features)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -192,8 +142,3 @@ class LatentModel:
             raise ModelError(
                 "the VAE was released from memory (release_encoder): load the model again to use it"
             )
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float32, or what is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

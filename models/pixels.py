@@ -13,15 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attend import AttentionKind
-from models.checkpointing import Checkpointing
 from models.errors import ModelError
-from models.latent import at_least_float32
-from models.offload import Offload
-from models.setting import Setting
-from models.streaming import Window
 from models.text import TextFeatures
-from models.unet import UNet
+from models.unet_model import UNetModel, at_least_float32
 
 
 def beside(size: tuple[int, int], low_res: Tensor | None, image: Tensor | None, mask: Tensor | None) -> list[Tensor]:
@@ -35,39 +29,16 @@ def beside(size: tuple[int, int], low_res: Tensor | None, image: Tensor | None, 
     return known + small
 
 
-class PixelModel:
+class PixelModel(UNetModel):
     """Base of the models that draw pixels.
 
-    unet: its network. factor: how many times larger its images are than the small ones that it is shown; 1 if it is
-    shown none. inpaints: it keeps a part of an image. source: where it is from. upsampler: what enlarges its images,
-    or None. checkpointing, attention, offload: how it is run, see `Setting`; window: of its streamed layers.
+    factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
+    inpaints: it keeps a part of an image.
     """
 
     pixels: ClassVar[bool] = True
-    unet: UNet
     factor: int
     inpaints: bool
-    source: str
-    prediction: str
-    checkpointing: Checkpointing
-    attention: AttentionKind
-    offload: Offload
-    window: Window | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the networks run in."""
-        return next(self.unet.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the networks are on."""
-        return next(self.unet.parameters()).device
-
-    @property
-    def setting(self) -> Setting:
-        """How it is run."""
-        return Setting(self.dtype, self.checkpointing, self.attention, self.offload)
 
     def predict(self, x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         """The UNet's raw answer (B, 3 or 6, H, W), float32: eps, then perhaps where the variance lies, in [-1, 1].
@@ -94,13 +65,6 @@ class PixelModel:
                 f"pixels is not that of {size[1]}x{size[0]}"
             )
         return GivenImages(self, torch.cat(beside(size, small, image, mask), dim=1))
-
-    def answer(self, channels: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
-        """As `predict`; channels: (B, in_channels, H, W), all that the network reads."""
-        context, pooled = (None if feature is None else feature.to(self.dtype) for feature in features)
-        t, channels = t.to(channels.device), channels.to(self.dtype)
-        how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
-        return at_least_float32(self.unet(channels, t, context, pooled, **how))
 
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], which are their own x_0."""

@@ -76,7 +76,7 @@ def place(
                 part._parameters[name] = nn.Parameter(here, requires_grad=False)
     model.checkpointing, model.attention, model.offload = setting.checkpointing, setting.attention, setting.offload
     model.window = Window(layers, device, setting.dtype, copier) if layers else None
-    for network in (part for part in vars(model).values() if isinstance(part, nn.Module)):
+    for network in model.networks().values():
         network.runs_in = None
         if setting.offload != "none":
             network.runs_in = choose_dtype(None, runs_in(network), device) if own_dtypes else setting.dtype

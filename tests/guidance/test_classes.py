@@ -13,8 +13,8 @@ from inversion import Concept
 from models import ClassModel, ModelError
 from models.class_names import ClassNames
 from models.classifier import Classifier, ClassifierConfig
-from models.latent import Sampling
 from models.unet import UNetConfig
+from models.unet_model import Sampling
 from tests.tiny import randomise, tiny_classes
 
 STEPS = {"sampler": "ddim", "steps": 4, "generator": 0}

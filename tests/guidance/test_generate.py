@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
 from guidance import GuidanceError, generate
 from inversion import Concept
-from models.latent import Sampling
+from models.unet_model import Sampling
 
 EXACT = 2e-5  # float32, times up to 1 / sqrt(alpha_bar) = 15 at the first level
 

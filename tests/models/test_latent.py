@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from models import ClipTokenizer, LatentModel, ModelError, TextFeatures, presets, save
-from models.latent import PREDICTIONS
 from models.presets import PRESETS, TINY, untrained
 from models.text import ClipText
 from models.unet import UNet
+from models.unet_model import PREDICTIONS
 from models.vae import VAE
 from models.weights import on_meta
 
