@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _muon import Muon
-from _runs import save_flags
+from _runs import new_folder, resumed, save_flags
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -91,7 +91,9 @@ class Trainer:
         os.replace(beside, path)
 
     def load(self, path: Path) -> None:
-        """Continue from a file of `save`. Raises ModelError if it belongs to other networks."""
+        """Continue from a file of `save`, if it is there. Raises ModelError if it belongs to other networks."""
+        if not path.exists():
+            return
         try:
             state = torch.load(path, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -107,6 +109,19 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step, self.best = state["step"], state["best"]
         self.put(self.master)
+
+
+def begun(config: Any) -> Any:
+    """The flags of a run, which are those of the interrupted one with --resume.
+
+    Raises ModelError for flags that no training can have, and InversionError if there is no such run, or something lies
+    where a new one would.
+    """
+    require_sense(config)
+    if config.resume:
+        return resumed(config.output, config)
+    new_folder(config.output, "training", "the same command and --resume")
+    return config
 
 
 def require_sense(config: Any) -> None:

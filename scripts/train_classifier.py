@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from _classes import Classes, every_tenth, read_classes, varied
 from _command import run
-from _runs import new_folder, resumed, write_json
-from _training import Trainer, require_sense, run_steps
+from _runs import write_json
+from _training import Trainer, begun, run_steps
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -146,11 +146,7 @@ def report(file: Path, schedule: Schedule, parts: dict[str, Classes], config: Co
 
 def main(config: Config) -> None:
     """Train, writing classifier.safetensors at every save that is better than the ones before."""
-    require_sense(config)
-    if config.resume:
-        config = resumed(config.output, config)
-    else:
-        new_folder(config.output, "classifier", "the same command and --resume")
+    config = begun(config)
     require_pictures(config)
     every = read_classes(config.images, config.size)
     learned, held_out = every_tenth(every) if config.held_out is None else (
@@ -159,8 +155,7 @@ def main(config: Config) -> None:
     network, schedule, dtype = untrained(config, every), Schedule(config.schedule), getattr(torch, config.dtype)
     trainer = Trainer({"classifier": network}, config.learning_rate, config.steps, 100, 0.995, dtype)
     checkpoint, file = config.output / "training.pt", config.output / "classifier.safetensors"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
+    trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:
         which = torch.randint(len(learned), (config.batch_size,), generator=g)

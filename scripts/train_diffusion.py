@@ -37,8 +37,7 @@ from typing import Any, Literal
 import torch
 from _command import run
 from _pictures import read_told
-from _runs import new_folder, resumed
-from _training import Trainer, require_sense, run_steps
+from _training import Trainer, begun, run_steps
 from _untrained import class_model, glide_model, latent_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -190,8 +189,7 @@ def teach_text(model: Model, captions: "Captions", latents: Tensor, config: Conf
     head = nn.Linear(model.width, blurred.shape[1])
     trainer = Trainer({"text": model.text.train(), "head": head}, 1e-3, config.text_steps, warmup=50, decay=0.99)
     checkpoint = config.output / "text.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
+    trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:
         which = torch.randint(len(latents), (64,), generator=g)
@@ -245,11 +243,7 @@ def export(
 
 def main(config: Config) -> None:
     """Train, writing the averaged model to output/model at every save."""
-    require_sense(config)
-    if config.resume:
-        config = resumed(config.output, config)
-    else:
-        new_folder(config.output, "diffusion", "the same command and --resume")
+    config = begun(config)
     if config.data is None:
         raise ModelError("say what to learn from: --data FOLDER, of images with a captions.jsonl, or of classes")
     if config.told != "captions" and config.vae is not None:
@@ -276,8 +270,7 @@ def main(config: Config) -> None:
     trained = {name: network.train() for name, network in networks(model).items()}
     decay = max(0.9, 1 - 6 / config.steps)           # the average remembers a sixth of the training: 0.9995 of 12000
     trainer = Trainer(trained, config.learning_rate, config.steps, 200, decay, dtype, is_hidden_matrix)
-    if checkpoint.exists():
-        trainer.load(checkpoint)
+    trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:
         return pictures.loss(model, schedule, config.batch_size, g, config.caption_dropout)

@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 from _command import run
-from _runs import new_folder, resumed, write_json
-from _training import Trainer, require_sense, run_steps
+from _runs import write_json
+from _training import Trainer, begun, run_steps
 from torch import Tensor
 
 from inversion.images import read_folder
@@ -90,11 +90,7 @@ def standardise(vae: VAE, images: Tensor) -> None:
 
 def main(config: Config) -> None:
     """Train, then write vae.safetensors and its config.json into the output folder."""
-    require_sense(config)
-    if config.resume:
-        config = resumed(config.output, config)
-    else:
-        new_folder(config.output, "vae", "the same command and --resume")
+    config = begun(config)
     factor = 2 ** (len(config.channel_mult) - 1)
     if config.size % factor:
         raise ModelError(f"{config.size} pixels cannot be halved as often as this asks: use a multiple of {factor}")
@@ -106,8 +102,7 @@ def main(config: Config) -> None:
     vae, dtype = VAE(VAEConfig(**shape, scale=1.0)), getattr(torch, config.dtype)
     trainer = Trainer({"vae": vae}, config.learning_rate, config.steps, warmup=100, decay=0.999, dtype=dtype)
     checkpoint = config.output / "training.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
+    trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:
         batch = images[torch.randint(len(images), (config.batch_size,), generator=g)].to(dtype)
