@@ -17,11 +17,11 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from _measure import json_file
+from _process import resident
 from torch import nn
 
 import inversion
@@ -45,12 +45,6 @@ CUDA = [
 ]
 
 
-def status(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
 def of_random_weights(name: str, dtype: torch.dtype) -> LatentModel:
     """A preset's model, frozen, every weight in memory: matrices of the inverse fan-in's variance, a block repeated."""
     model = outline(name)
@@ -70,9 +64,9 @@ def of_random_weights(name: str, dtype: torch.dtype) -> LatentModel:
 def measure(side: int, setting: Setting) -> int:
     """The peak of a training's preparation and first step, in this process."""
     train("tiny", 32, setting)
-    before = status("VmRSS")
+    before = resident("VmRSS")
     train(MODEL, side, setting)
-    return status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def train(name: str, side: int, setting: Setting) -> None:
