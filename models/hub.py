@@ -1,5 +1,6 @@
 """Fetching a model from the hub: its settings, and its weights in one format only."""
 
+import re
 from pathlib import Path
 
 from models.errors import ModelError
@@ -32,6 +33,11 @@ def download(repository: str, variant: str | None) -> Path:
         ) from error
     except (OSError, errors.HFValidationError) as error:
         raise ModelError(f"{repository} cannot be fetched from the hub: {error}") from error
+
+
+def is_id(source: str) -> bool:
+    """Whether a text has the form of a repository's id, owner/name."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source))
 
 
 def cached(repository: str) -> Path | None:

@@ -5,7 +5,6 @@ does not. Nothing from a file is executed. Files are written beside their place 
 is never half a model.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from models.glide import GlideModel
 from models.glide_file import cascade_files, read_cascade, read_glide, write_glide
 from models.glide_hub import CASCADES, load_cascade
 from models.heap import expect_large_blocks
+from models.hub import download, is_id
 from models.kinds import CLASSIFIER, GLIDE, GUIDED_DIFFUSION, kind_of
 from models.latent import LatentModel
 from models.offload import Offload
@@ -106,9 +106,7 @@ def _read(
         return read_folder(path, dtype, device, *_take(source, options, "prediction", "variant"))
     if path.is_file() or path.suffix in SUFFIXES:
         return _load_file(path, dtype, device, options)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        from models.hub import download
-
+    if is_id(str(source)):
         prediction, variant = _take(source, options, "prediction", "variant")
         return read_folder(download(str(source), variant), dtype, device, prediction, variant)
     known = ", ".join((*EMBEDDED, *CASCADES, *FILES))

@@ -3,7 +3,6 @@
 Nothing is downloaded, and of a file only the names and shapes are read.
 """
 
-import re
 from pathlib import Path
 
 from models.class_hub import FILES
@@ -14,7 +13,7 @@ from models.glide import GlideModel
 from models.glide_file import cascade_files, of_preset, outline_glide
 from models.glide_hub import CASCADES
 from models.glide_tokenizer import GlideTokenizer
-from models.hub import cached
+from models.hub import cached, is_id
 from models.kinds import CLASSIFIER, GUIDED_DIFFUSION, Kind, kind_of
 from models.kinds import GLIDE as GLIDE_KIND
 from models.latent import LatentModel
@@ -66,8 +65,7 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
 
 
 def _on_the_hub(repository: str, prediction: str | None) -> LatentModel:
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository)
-    folder = cached(repository) if is_id else None
+    folder = cached(repository) if is_id(repository) else None
     if folder is not None:
         return outline_folder(folder, prediction)
     if repository in PUBLISHED:
