@@ -186,15 +186,15 @@ def map_of(tokens: Tensor, height: int) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height, -1))
 
 
-def timestep_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids of the time: cosines first, then sines, frequencies max_period^(-i/half).
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sinusoids of the time: cosines first, then sines, frequencies 10000^(-i/half).
 
     t: (B,) times, integer or fractional, on the scale of the original process (0..999).
     Returns (B, channels) float32; an odd channel is zero.
     Source: openai/guided-diffusion @ 22e0df8, nn.py (the transformer's encoding with another order and divisor).
     """
     half = channels // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * freqs                                                        # (B, half)
     emb = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(emb, (0, channels % 2))                                                       # (B, channels)
