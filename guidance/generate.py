@@ -22,6 +22,7 @@ from torch import Tensor
 from diffusion import SAMPLERS, DiffusionError, Level, Schedule, default_levels, from_strength, respaced
 from guidance import inputs
 from guidance.chain import Chain, Model
+from guidance.errors import GuidanceError
 from guidance.gradient import Gradient
 
 Progress = bool | Callable[[int, int], None]
@@ -77,7 +78,7 @@ def generate(
     a strength.
     """
     if not hasattr(model, "sampling"):
-        raise inputs.GuidanceError(f"a {type(model).__name__} draws nothing: take a model of models.load")
+        raise GuidanceError(f"a {type(model).__name__} draws nothing: take a model of models.load")
     given = zip((sampler, steps, scale), model.sampling)
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
@@ -89,7 +90,7 @@ def generate(
     inputs.require_two_sides(model, scale)
     batches = inputs.batches(len(prompts), batch_size)
     if guidance is not None and len(batches) > 1:
-        raise inputs.GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
+        raise GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
     levels, upsampler = levels_of(model, sampler, steps), model.upsampler
     image, kept, small, sides = inputs.pictures(model, image, mask, len(prompts), height, width)
     if image is not None:
@@ -108,7 +109,7 @@ def generate(
                 drawn = chain.draw(part, streams[part], drawn, step_done)                      # (b, 3, H, W)
             images.append(drawn.float().cpu())
             if not images[-1].isfinite().all():
-                raise inputs.GuidanceError(
+                raise GuidanceError(
                     "what was drawn is not finite: the numbers left the range of their dtype; use a smaller guidance "
                     "scale, or float32"
                 )

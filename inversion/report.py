@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -58,8 +59,7 @@ def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence
         for j, axes in enumerate(part.subplots(1, width, squeeze=False)[0]):
             axes.axis("off")
             if j < len(images):
-                pixels = ((images[j].clamp(-1, 1) + 1) / 2).permute(1, 2, 0)  # (H, W, 3)
-                axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
+                _show(axes, images[j])
             if i and j < len(columns):
                 axes.set_title(columns[j], fontsize=8, pad=2)
     _write(figure, file)
@@ -75,9 +75,14 @@ def sheet(file: Path, images: Tensor, captions: Sequence[str], columns: int = 8)
     for axes in grid:
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions):
-        axes.imshow(((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        _show(axes, image)
         axes.set_title(textwrap.fill(caption, 24), fontsize=7, pad=2)
     _write(figure, file)
+
+
+def _show(axes: "Axes", image: Tensor) -> None:
+    pixels = ((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0)                                   # (H, W, 3)
+    axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
 
 
 def _write(figure: "Figure", file: Path) -> None:
