@@ -55,12 +55,7 @@ def draw(shape: Sequence[int], generator: Generators, dtype: torch.dtype = torch
 
 
 def ddpm(
-    denoise: Denoiser,
-    x: Tensor,
-    levels: Sequence[Level],
-    *,
-    generator: Generators = None,
-    variance: str | None = None,
+    denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None, variance: str | None = None
 ) -> Iterator[State]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any levels (Nichol & Dhariwal 2021, eq. 19).
 
@@ -81,12 +76,7 @@ def ddpm(
 
 
 def ddim(
-    denoise: Denoiser,
-    x: Tensor,
-    levels: Sequence[Level],
-    *,
-    generator: Generators = None,
-    eta: float = 0.0,
+    denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None, eta: float = 0.0
 ) -> Iterator[State]:
     """DDIM (Song et al. 2021, equation 12). x: (B, C, H, W) at levels[0]. eta: 0 to 1; 0 draws no noise.
 

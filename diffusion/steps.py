@@ -52,12 +52,7 @@ def ddpm_step(
 
 
 def ddim_step(
-    x_t: Tensor,
-    prediction: Prediction,
-    level: Level,
-    lower: Level,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
+    x_t: Tensor, prediction: Prediction, level: Level, lower: Level, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
     """Song et al. 2021, equation 12: the guided x_0 and eps, put together again at a lower level.
 
@@ -72,11 +67,7 @@ def ddim_step(
 
 
 def dpmpp_2m_step(
-    x_t: Tensor,
-    prediction: Prediction,
-    level: Level,
-    lower: Level,
-    before: tuple[Tensor, Level] | None = None,
+    x_t: Tensor, prediction: Prediction, level: Level, lower: Level, before: tuple[Tensor, Level] | None = None
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): of second order with the x_0 of the step before.
 

@@ -47,11 +47,7 @@ INDEX = {
 
 
 def read_folder(
-    folder: Path,
-    dtype: torch.dtype | str | None,
-    device: torch.device,
-    prediction: str | None,
-    variant: str | None,
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device, prediction: str | None, variant: str | None
 ) -> LatentModel:
     """Load a folder; arguments as in `models.load`. Raises ModelError for all that does not fit."""
     model = outline_folder(folder, prediction)
