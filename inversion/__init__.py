@@ -8,11 +8,12 @@ result = train(model, concept, read_images(files, model.resolution), templates)
 result.concept.save("poodle.safetensors")
 """
 
+from inversion.choice import Planned, fastest, settings_for
 from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
 from inversion.images import find_images, read_folder, read_images
-from inversion.plan import Planned, drawing, fastest, plan, settings_for
+from inversion.plan import drawing, plan
 from inversion.prompts import TEMPLATES, check_prompts, read_templates, templates_for
 from inversion.trainer import Result, state_file, train
 from inversion.training import StepReport, Training

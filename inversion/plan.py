@@ -9,11 +9,10 @@ For a CPU these are torch's FakeTensors; those of CUDA need a driver to go backw
 device, and its fused attention is the operation that calls CUDA's kernel.
 """
 
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion import Schedule
+from inversion.choice import Planned, settings_for
 from inversion.errors import InversionError
 from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from inversion.objective import Batch, loss_and_gradient
 from inversion.prompts import SLOT
-from inversion.sizes import size
 from models import Setting, outline
 from models import sliced_attention as slices
-from models.attend import best_kind
 from models.devices import choose_device
 from models.mapped import Mapped
-from models.processor import cpu_has_bfloat16
 from models.setting import place
 from models.streaming import CopyAtOnce, parameters_of
 from models.weights import choose_dtype, on_meta
@@ -45,28 +42,8 @@ CUBLAS = 8_519_680      # bytes that its workspace takes (CUDA's documentation, 
 HEAP = 64 * 2**20       # freed bytes that a CPU's heap may keep (glibc, mallopt(3): M_TRIM_THRESHOLD, twice 32 MiB)
 CUDA_BLOCK = 512        # bytes: what the caching allocator rounds up to
 LARGEST = 4096          # pixels a side: of many more, the slices of attention take minutes to follow
-EXCHANGE = 1000         # operations in the time in which a byte gets to the device: 10 TFLOP/s over 10 GB/s
 
 _one_at_a_time = threading.RLock()      # of several threads that plan: what they put in place is everyone's
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A setting, and what a training in it is predicted to take.
-
-    peak: bytes on the device, at most. operations: floating-point ones of a forward and backward pass. moved: bytes
-    that come to the device in it.
-    """
-
-    setting: Setting
-    peak: int
-    operations: int
-    moved: int
-
-    @property
-    def cost(self) -> float:
-        """What time it takes, in operations: a byte moved counts as `EXCHANGE` of them."""
-        return self.operations + EXCHANGE * self.moved
 
 
 def plan(
@@ -134,51 +111,6 @@ def _asked(
         raise InversionError(f"plans are made for images of up to {LARGEST} pixels a side, not of {side}")
     shell.x0_shape(side, side)
     return shell, device, side
-
-
-def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
-    """The settings that make sense on a device, of dtypes and kernels the faster first.
-
-    fixed: fields of a Setting that are given. bfloat16 on a GPU takes what float16 takes. On a CPU, where a row of a
-    plan takes seconds, "idle" is left out, which saves a tenth where "stream" saves three quarters, and the slimmer
-    kernel beside "stream". Raises ModelError as `Setting`, if what is given does not go together.
-    """
-    on_cpu = device.type == "cpu"
-    dtypes, offloads = [torch.float16, torch.float32], ["none", "idle", "stream"]
-    if on_cpu:
-        dtypes = [torch.bfloat16, torch.float32] if cpu_has_bfloat16() else [torch.float32, torch.bfloat16]
-        offloads.remove("idle")
-    axes = {"dtype": dtypes, "checkpointing": ["none", "attention", "blocks"], "offload": offloads}
-    axes |= {name: [value] for name, value in fixed.items() if value is not None and name != "attention"}
-    found, both = [], bool(fixed.get("offload") and fixed.get("checkpointing"))
-    for dtype, checkpointing, offload in itertools.product(*axes.values()):
-        if fixed.get("offload") == "stream" and "checkpointing" in fixed:
-            Setting(dtype, checkpointing, offload=offload)          # says what does not go together
-        fast = best_kind(torch.empty(0, dtype=dtype, device=CPU if on_cpu else META))
-        slim = "fused" if fast == "sliced" else "sliced"
-        kinds = [fast] if on_cpu and offload == "stream" else [fast, slim]
-        for kind in [fixed["attention"]] if fixed.get("attention") else kinds:
-            if offload != "stream" or checkpointing == "blocks" or both:
-                found.append(Setting(dtype, checkpointing, kind, offload))
-    return found
-
-
-def fastest(planned: Sequence[Planned], budget: int) -> Planned:
-    """The fastest of the settings that fit a budget of bytes: of the first dtype with any, the one of least cost.
-
-    Raises InversionError if none does, naming the smallest and what it needs, and for no settings.
-    """
-    if not planned:
-        raise InversionError("of no settings none is the fastest: plan some")
-    fits = [each for each in planned if each.peak <= budget]
-    if not fits:
-        least = min(planned, key=lambda each: each.peak)
-        raise InversionError(
-            f"{size(budget)} are too small for every setting: the smallest, {least.setting}, needs {size(least.peak)}; "
-            f"raise the budget, or take a smaller resolution or batch"
-        )
-    same, least = [each for each in fits if each.setting.dtype == fits[0].setting.dtype], min(e.cost for e in planned)
-    return min(same, key=lambda each: round(each.cost / least, 2))      # of equals the first
 
 
 def _encodes(setting: Setting) -> Setting:
@@ -314,18 +246,3 @@ def _waiting(model: Any, offload: str) -> set[int]:
     idle = [part for name, part in model.networks().items() if name != "unet"] if offload != "none" else []
     layers = model.unet.layers() if offload == "stream" else []
     return {id(p) for part in (*idle, *layers) for p in parameters_of(part)}
-
-
-def table(planned: Sequence[Planned], budget: int | None = None) -> str:
-    """A plan for people. budget: bytes; what fits is marked, and what is fastest of it."""
-    least = min(each.operations for each in planned)
-    best = fastest(planned, budget) if budget and any(each.peak <= budget for each in planned) else None
-    rows = [("dtype", "checkpointing", "attention", "offload", "peak", "compute", "moved a step", "")]
-    for each in planned:
-        how, fits = each.setting, budget is not None and each.peak <= budget
-        mark = "<- fastest that fits" if each is best else "fits" if fits else ""
-        numbers = (size(each.peak), f"{each.operations / least:.2f}", size(each.moved) if each.moved else "-")
-        dtype = str(how.dtype).removeprefix("torch.")
-        rows.append((dtype, how.checkpointing, how.attention, how.offload, *numbers, mark))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -7,7 +7,7 @@ import torch
 
 import inversion
 import models
-from inversion.plan import table
+from inversion.choice import table
 from inversion.sizes import parsed, size
 from models.devices import choose_device
 from models.setting import Setting

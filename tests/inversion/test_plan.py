@@ -12,9 +12,10 @@ from torch import Tensor
 import models
 from diffusion import Schedule
 from inversion import Concept, InversionError, Planned, drawing, fastest, plan, settings_for
+from inversion.choice import table
 from inversion.memory import LiveMemory, cpu_workspace
 from inversion.objective import Batch, loss_and_gradient
-from inversion.plan import HEAP, as_on, table
+from inversion.plan import HEAP, as_on
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
 from models.attend import attend
