@@ -23,7 +23,7 @@ class LiveMemory(TorchDispatchMode):
 
     device: "cpu", "cuda" or "meta"; what lies elsewhere is not counted. workspace: of an operation and its arguments,
     the bytes that its kernel takes beside them and the result. block: sizes are rounded up to multiples of it, as
-    allocators do. times: for how many like it the next operations stand, when `flops` are counted.
+    allocators do. times: how many alike each of the next operations stands for, when `flops` are counted.
     """
 
     def __init__(

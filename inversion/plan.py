@@ -153,7 +153,9 @@ def _followed(device: torch.device) -> tuple[torch.device, AbstractContextManage
 
 
 def _placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemory) -> tuple[Any, set[int]]:
-    """A model with weights without numbers, run in a way, those on the device held; and the ids of those that wait."""
+    """The model run as a setting says, with weights without numbers, and the ids of those that wait; the others, on the
+    device, are held in memory.
+    """
     _write(shell.networks().values(), choose_dtype(setting.dtype, setting.dtype, where), where)
     model = replace(shell)
     waiting = _waiting(model, setting.offload)
@@ -188,9 +190,9 @@ class AnyTime(Schedule):
 def as_on(device: torch.device, memory: LiveMemory) -> Iterator[None]:
     """Within the block attention on tensors without numbers is what it is on a device.
 
-    Fused, on meta tensors torch would take the formula, with all scores: here it is memory-efficient attention, which
-    every CUDA device has; flash attention keeps and takes the same. Of slices, which are all alike, one is run and its
-    operations are counted for all. What a CPU reads of weights that wait is in its memory then.
+    For fused attention on meta tensors torch would take the formula, with all scores. Here it takes memory-efficient
+    attention, which every CUDA device has; flash attention keeps and takes the same. Slices are all alike: one is run,
+    and its operations are counted for all. What a CPU reads of weights that wait is in its memory then.
     """
 
     def efficient(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:

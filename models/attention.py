@@ -55,7 +55,7 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """A linear layer whose second half, through GELU, gates the first (Shazeer 2020, GEGLU).
 
-    On a CPU a part of the tokens at a time: what is eight times as wide as they are then stays small.
+    On a CPU it takes a part of the tokens at a time, so that what it makes of them, eight times as wide, stays small.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:

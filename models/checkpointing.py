@@ -44,7 +44,8 @@ def checkpoint(
 
 
 def records() -> bool:
-    """Whether a gradient may go back through what is computed now: not under no_grad, but in a checkpoint's first run.
+    """Whether a gradient may go back through what is computed now: where autograd records, and in a checkpoint's first
+    run, which it does not record.
 
     A layer that computes otherwise where none can asks this, so that both runs give the same bits.
     """

@@ -42,8 +42,8 @@ class Condition(NamedTuple):
     def run(self, level: Checkpointing, part_of: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """function(*inputs), a part of a module; as a checkpoint if that level is asked for.
 
-        The function sees an alias of each input even without one, which collects the gradients of its uses: so they are
-        added in the same order at every level, and are the same to the bit.
+        Even where there is no checkpoint, the function sees an alias of each input, which collects the gradients of its
+        uses: so they are added in the same order at every level, and are the same to the bit.
         """
         inputs = [x.view_as(x) for x in inputs]
         if level == "none" or level != self.checkpointing:
@@ -94,8 +94,8 @@ class Pointwise(nn.Conv1d):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer; in float32 with frozen weights as the 1x1 convolution that it is, of an image of tokens, on a
-    CPU whose matrix products are slower than that. It is the same sum.
+    """A linear layer. In float32 with frozen weights, on a CPU whose convolutions are faster than its matrix products,
+    it is computed as a 1x1 convolution of an image of tokens: the same sum.
     """
     trained = weight.requires_grad or bias is not None and bias.requires_grad
     as_it_is = trained or x.dtype != torch.float32 or x.device.type != "cpu"
@@ -131,8 +131,8 @@ def plus_linear(h: Tensor, layer: Linear | Conv2d, x: Tensor) -> Tensor:
 
 
 def conv_plus(conv: Conv2d, x: Tensor, emb: Tensor) -> Tensor:
-    """conv(x) + emb, (b, C, 1, 1), each for as many images as stand in x. Of one emb for all, which does not learn, the
-    bias takes it in.
+    """conv(x) + emb. x: (k b, C_in, h, w); emb: (b, C, 1, 1), k times over. One emb for all images, which needs no
+    gradient, is added to the bias.
     """
     if len(emb) != 1 or records() or trains(conv):
         return plus(conv(x), for_each(emb, x))
@@ -168,7 +168,7 @@ def plus(branch: Tensor, x: Tensor) -> Tensor:
 
 
 def for_each(x: Tensor, told: Tensor) -> Tensor:
-    """x (b, …), as often as it is told something else, (k b, …): (k b, …), all of x in turn."""
+    """x (b, …), repeated as a whole to the length of what it is told, (k b, …): (k b, …)."""
     if len(x) == len(told):
         return x
     if not len(x) or len(told) % len(x):

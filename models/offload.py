@@ -40,7 +40,7 @@ def runs_in(network: nn.Module) -> torch.dtype:
 
 
 def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
-    """network(*inputs), a tuple. A network that waits elsewhere is not kept for its gradient, but comes again.
+    """network(*inputs), a tuple. Weights that wait elsewhere are not kept for the backward pass, but fetched again.
 
     Raises RuntimeError in the backward pass if its weights were changed meanwhile.
     """

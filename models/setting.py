@@ -60,7 +60,7 @@ class Setting:
 def place(
     model: Any, setting: Setting, device: torch.device, copier: Copier | None = None, own_dtypes: bool = False
 ) -> None:
-    """Make a model, and its upsampler, run in a way.
+    """Make a model, and its upsampler, run as a setting says.
 
     model: of any kind. With an offload its networks lie in host memory, and what does not wait there is put on the
     device in the setting's dtype; without, they stay as they are. copier: see `Window`. own_dtypes: what waits runs in

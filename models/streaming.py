@@ -124,8 +124,8 @@ class Window:
 
     layers: in the order in which the network runs them; their own weights stay where they are and are only read, each
     time as they are then, see `Seen`: one may be replaced by another of its shape and dtype.
-    dtype: that the layers run in on the device. copier: how weights get there, what suits the device if None, which on
-    a CPU is not at all where they have that dtype.
+    dtype: that the layers run in on the device. copier: how weights get there; None for what suits the device. On a CPU
+    that is no copy at all, if they have that dtype already.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ def _parts(y: Tensor, channels: int) -> tuple[list[tuple[slice, slice]], int]:
 
 
 def _slices(total: int, largest: int, multiple: int = 1) -> list[slice]:
-    """Of range(total), about equally large, all but the last of a multiple, none larger than that if that allows it."""
+    """range(total) in slices of about equal size, all but the last a multiple, of at most `largest` or one multiple."""
     largest = max(1, largest // multiple) * multiple
     each = math.ceil(total / math.ceil(total / largest) / multiple) * multiple
     return [slice(first, min(first + each, total)) for first in range(0, total, each)]
