@@ -81,17 +81,17 @@ def tokenizer_of(preset: GlidePreset) -> GlideTokenizer:
 
 def start_ours(model: GlideModel, work: Work) -> Step:
     """The step that the work is named after."""
-    return {"glide_guided_step": guided, "glide_upsampler_step": upsampler, "glide_inversion_step": inversion}[
-        work.work
-    ](model)
+    steps = {"glide_guided_step": guided, "glide_upsampler_step": upsampler, "glide_inversion_step": inversion}
+    return steps[work.work](model)
 
 
 def start_peer(networks: Peer, work: Work) -> Step:
     """The same with OpenAI's network."""
-    return {
+    steps = {
         "glide_guided_step": peer_guided, "glide_upsampler_step": peer_upsampler,
         "glide_inversion_step": peer_inversion,
-    }[work.work](networks)  # fmt: skip
+    }  # fmt: skip
+    return steps[work.work](networks)
 
 
 @torch.no_grad()

@@ -42,12 +42,7 @@ def start_peer(networks: Peer, work: Work) -> Step:
 
 def peer_step(unet: nn.Module, context: Tensor, work: Work) -> Step:
     """The body of the pipeline's loop; returns x after it. context: (2, L, D), the empty prompt's first."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
+    scheduler = peer_scheduler()
     scheduler.set_timesteps(STEPS)
     side = unet.config.sample_size
     x, times = first((unet.config.in_channels, side, side)).to(unet.dtype), iter(scheduler.timesteps)
@@ -61,6 +56,16 @@ def peer_step(unet: nn.Module, context: Tensor, work: Work) -> Step:
         return x
 
     return step
+
+
+def peer_scheduler() -> Any:
+    """diffusers' DDIM as Stable Diffusion uses it."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
 
 
 def first(shape: Sequence[int]) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from _measure import command, compare_cold
 from _networks import peer as build_peer
 from _process import PartFailed, Process, Side, Sides, Step, Work
-from guided_step import PROMPT, peer_step
+from guided_step import PROMPT, peer_scheduler, peer_step
 from guided_step import start_ours as start_step
 
 import models
@@ -43,17 +43,13 @@ THRIFTY = {"offload": "stream", "checkpointing": "blocks"}
 
 def write(work: Work, folder: Path, preset: Preset = SD1) -> None:
     """Save the networks as diffusers saves a pipeline."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
     unet, vae, text, tokenizer = build_peer(work, preset)
     tokenizer.save(folder / "tokenizer")
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
     StableDiffusionPipeline(
-        vae, text, CLIPTokenizer.from_pretrained(folder / "tokenizer"), unet, scheduler, None, None,
+        vae, text, CLIPTokenizer.from_pretrained(folder / "tokenizer"), unet, peer_scheduler(), None, None,
         requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
 
