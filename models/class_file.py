@@ -39,7 +39,7 @@ def read_class_model(
     Raises ModelError for all that does not fit.
     """
     weights = Weights((path,))
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.open().items()}
+    shapes = weights.shapes()
     if (kind := kind_of(shapes)) != GUIDED_DIFFUSION:
         raise ModelError(f"{path} is {kind.words}, and {GUIDED_DIFFUSION.words} is needed")
     form = _published(preset) if preset else described(path, MODEL_KEY, _understood)
@@ -71,7 +71,7 @@ def read_classifier(
 ) -> Classifier:
     """Load a file; arguments as in `models.load_classifier`. Raises ModelError for all that does not fit."""
     weights = Weights((path,))
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.open().items()}
+    shapes = weights.shapes()
     if (kind := kind_of(shapes)) != CLASSIFIER:
         raise ModelError(
             f"{path} is {kind.words}, and {CLASSIFIER.words} is needed: what draws is loaded by models.load"

@@ -29,6 +29,10 @@ class Weights:
         """Every tensor by its name, or only those of some names, mapped anew. Raises ModelError as `open_tensors`."""
         return {key: tensor for file in self.files for key, tensor in open_tensors(file, only).items()}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name. Raises ModelError as `open_tensors`."""
+        return {name: tuple(tensor.shape) for name, tensor in self.open().items()}
+
     def names(self) -> set[str]:
         """The name of every tensor, of which none is mapped. Raises ModelError as `open_tensors`."""
         return {name for file in self.files for name in tensor_names(file)}

@@ -25,7 +25,8 @@ from models.unet import UNet
 from models.weights import Part, fill, gather, on_meta
 
 KEY = "oneword.glide"
-PARTS, ENDINGS = (("base", "upsample"), ("base_inpaint", "upsample_inpaint")), (".safetensors", ".pt")
+PARTS = ("base", "upsample"), ("base_inpaint", "upsample_inpaint")
+ENDINGS = ".safetensors", ".pt"
 
 
 def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device) -> GlideModel:
@@ -37,11 +38,11 @@ def read_glide(path: Path, dtype: torch.dtype | str | None, device: torch.device
 
 def outline_glide(path: Path) -> GlideModel:
     """What a file's shapes and metadata say, on the meta device; raises as `read_glide`."""
-    weights = Weights((path,))
-    if (kind := kind_of(weights.open())) != GLIDE_KIND:
+    shapes = Weights((path,)).shapes()
+    if (kind := kind_of(shapes)) != GLIDE_KIND:
         raise ModelError(f"{path} is {kind.words}, and one of GLIDE's networks is needed")
     known = described(path, KEY, _understood)
-    preset = known[0] if known else _published(tuple(weights.open()[STEM].shape), path)
+    preset = known[0] if known else _published(shapes[STEM], path)
     tokenizer = known[1] if known else GlideTokenizer.gpt2(preset.text.length)
     return of_preset(preset, tokenizer, str(path))
 

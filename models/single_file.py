@@ -46,7 +46,7 @@ def read_single_file(
 
 def outline_file(path: Path, prediction: str | None) -> LatentModel:
     """What the shapes in a file say, on the meta device; raises as `read_single_file`."""
-    found = {name: tuple(tensor.shape) for name, tensor in Weights((path,)).open().items()}
+    found = Weights((path,)).shapes()
     if (kind := kind_of(found)) != STABLE_DIFFUSION:
         raise ModelError(
             f"{path} is no Stable Diffusion checkpoint, but {kind.words}: a file of 1.x or 2.x holds UNet, VAE and "

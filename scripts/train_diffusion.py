@@ -177,7 +177,7 @@ def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
     write_safetensors(folder / "training_latents.safetensors", latents, {"rows": json.dumps(described)})
 
 
-def teach_text(model: Model, captions: "Captions", latents: Tensor, config: Config) -> None:
+def teach_text(model: Model, captions: Captions, latents: Tensor, config: Config) -> None:
     """Train the text transformer on captions alone: its mean feature, through a linear head, tells the blurred x_0.
 
     The mean over all positions, because that is what a cross-attention sees that does not know yet where to look.
