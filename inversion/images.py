@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SMALLEST_SIDE = 16  # below this there is nothing to learn from: an icon in a favicon has 16
+SHOWN = 8  # names in a message
 ENLARGED = 2  # a side enlarged by more than this factor is worth a word
 
 
@@ -130,6 +131,6 @@ def _square(image: "Image", size: int) -> "Image":
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLUMNS = 8     # of a sheet
+
 
 def loss_curve(
     file: Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None
@@ -65,13 +67,13 @@ def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence
     _write(figure, file)
 
 
-def sheet(file: Path, images: Tensor, captions: Sequence[str], columns: int = 8) -> None:
+def sheet(file: Path, images: Tensor, captions: Sequence[str]) -> None:
     """Draw images (K, 3, H, W) in [-1, 1], each under its caption, into a PNG."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    rows = -(-len(images) // COLUMNS)
+    figure = Figure(figsize=(1.6 * COLUMNS, 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     for axes in grid:
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions):

@@ -44,7 +44,7 @@ class Attention(nn.Module):
         self.to_v = Linear(context_dim, channels, bias=False)
         self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, kind: AttentionKind = "auto") -> Tensor:    # (B, N, C), (B, L, D)
+    def forward(self, x: Tensor, context: Tensor, kind: AttentionKind) -> Tensor:    # (B, N, C), (B, L, D)
         q, k, v = (by_head(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return attend(q, k, v, kind=kind)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -21,9 +22,10 @@ def places(file: Path) -> list[tuple[float, float]]:
     return found
 
 
-def test_a_sheet_holds_its_images_in_order(tmp_path: Path) -> None:
+def test_a_sheet_holds_its_images_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inversion.report.COLUMNS", 2)
     images = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8)
-    sheet(tmp_path / "sheet.png", images, ["red", "green", "blue"], columns=2)
+    sheet(tmp_path / "sheet.png", images, ["red", "green", "blue"])
     red, green, blue = places(tmp_path / "sheet.png")
     assert red[0] < 0.5 < green[0]
     assert max(red[1], green[1]) < 0.5 < blue[1]
