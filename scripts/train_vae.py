@@ -94,6 +94,8 @@ def main(config: Config) -> None:
     factor = 2 ** (len(config.channel_mult) - 1)
     if config.size % factor:
         raise ModelError(f"{config.size} pixels cannot be halved as often as this asks: use a multiple of {factor}")
+    if uneven := [c for c in (config.channels * mult for mult in config.channel_mult) if c % config.norm_groups]:
+        raise ModelError(f"{uneven[0]} channels cannot be divided among {config.norm_groups} groups: see --norm-groups")
     images = read_folder(config.images, config.size, recursive=True).contiguous()
     torch.manual_seed(config.seed)
     shape = {

@@ -346,6 +346,8 @@ def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path)
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"learning_rate": -1.0}, "--learning-rate must be a number above 0"),
         ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": 2**32}, "--seed lies between 0 and 4294967295"),
+        ({"channel_mult": ()}, "--channel-mult are numbers above 0, at least one"),
         ({"caption_dropout": 2.0}, "is a probability"),
         ({"text_heads": 7}, "cannot be divided among 7 heads"),
         ({"head_channels": 64}, "has 32 channels, no multiple of 64"),
@@ -360,6 +362,22 @@ def test_flags_that_make_no_sense_leave_nothing(
     if not flags.keys() & {"caption_dropout", "text_heads", "head_channels"}:
         with pytest.raises(models.ModelError, match=said):
             script("train_vae").main(vae_config(data, tmp_path / "run", **flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"channels": 30}, "30 channels cannot be divided among 8 groups"),
+        ({"channels": 0}, "--channels must be at least 1"),
+        ({"latent_channels": 0}, "--latent-channels must be at least 1"),
+        ({"kl": float("nan")}, "--kl must be at least 0, not nan"),
+        ({"kl": -1.0}, "--kl must be at least 0"),
+    ],
+)
+def test_flags_of_no_autoencoder_leave_nothing(data: Path, tmp_path: Path, flags: dict, said: str) -> None:
+    with pytest.raises(models.ModelError, match=said):
+        script("train_vae").main(vae_config(data, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_writes_its_model_again(data: Path, vae: Path, tmp_path: Path) -> None:
