@@ -21,6 +21,8 @@ from _command import run
 from PIL import Image
 from tqdm import tqdm
 
+from models import ModelError
+
 STYLES = {"google": "noto", "twitter": "twemoji"}
 HELD_OUT = Path(__file__).parents[1] / "models/data/emoji/held_out.txt"
 
@@ -102,6 +104,8 @@ def pictures(config: Config) -> Iterator[tuple[str, str, dict, Path]]:
     """(style, name, entry, file) of every picture, variations of skin colour included."""
     for vendor, style in STYLES.items():
         package = config.packages / f"emoji-datasource-{vendor}"
+        if not (package / "emoji.json").is_file():
+            raise ModelError(f"there is no {package / 'emoji.json'}: install the package with npm")
         for entry in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
             name = re.sub(r"[^a-z0-9' -]+", " ", entry["name"].lower().replace("’", "'")).strip()
             for variant in [entry, *entry.get("skin_variations", {}).values()]:
@@ -118,9 +122,14 @@ def over_white(file: Path, size: int) -> Image.Image:
 
 def main(config: Config) -> None:
     """Write the folders."""
+    if config.size < 1:
+        raise ModelError(f"--size is how many pixels wide and high, at least 1, not {config.size}")
     held_out = set(HELD_OUT.read_text(encoding="utf-8").split("\n")) - {""}
     rows: dict[str, list[dict]] = {"captioned": [], "held_out": []}
     found = list(pictures(config))
+    known = {entry["category"] for _, _, entry, _ in found if entry and is_drawn(entry)}
+    if unknown := set(config.categories) - known:
+        raise ModelError(f"no pictures are of the category {min(unknown)!r}; there are {', '.join(sorted(known))}")
     write_classes(found, config, held_out)
     for style, name, entry, file in tqdm(found, desc="pictures"):
         picture = over_white(file, config.size)

@@ -1,9 +1,12 @@
 """The folders of classes that `make_emoji_data.py` writes: by subcategory, held out by concept."""
 
+import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from models import ModelError
 from tests.scripts.test_train_networks import script
 
 
@@ -27,3 +30,24 @@ def test_a_held_out_concept_is_held_out_in_every_style(tmp_path: Path) -> None:
     assert written == expected
     assert Image.open(tmp_path / "out/classes/heart/noto-a.png").size == (32, 32)
     assert Image.open(tmp_path / "out/classes/heart/noto-a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"categories": ("Objects", "Food")}, "no pictures are of the category 'Food'; there are Objects"),
+        ({"size": 0}, "--size is how many pixels"),
+        ({"packages": Path("nowhere")}, "there is no nowhere.emoji-datasource-google.emoji.json: install"),
+    ],
+)
+def test_flags_that_make_no_sense_leave_nothing(tmp_path: Path, flags: dict, said: str) -> None:
+    module = script("make_emoji_data")
+    entry = {"name": "VASE", "category": "Objects", "subcategory": "household", "image": "x.png"}
+    for vendor in module.STYLES:
+        images = tmp_path / f"emoji-datasource-{vendor}" / "img" / vendor / "64"
+        images.mkdir(parents=True)
+        Image.new("RGBA", (64, 64)).save(images / "x.png")
+        (tmp_path / f"emoji-datasource-{vendor}" / "emoji.json").write_text(json.dumps([entry]))
+    with pytest.raises(ModelError, match=said):
+        module.main(module.Config(**{"packages": tmp_path, "output": tmp_path / "out"} | flags))
+    assert not (tmp_path / "out").exists()
