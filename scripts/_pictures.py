@@ -43,6 +43,8 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         forms = {len(row["captions"]) for row in rows if row["file"] and row["name"]}
+        if any(isinstance(row["captions"], str) for row in rows):
+            raise TypeError("captions are a list, of one if there is one")    # or its letters would be the captions
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f'a line of {file} is not {{"file": "...", "name": "...", "captions": ["..."]}} ({error})'

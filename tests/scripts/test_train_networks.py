@@ -414,6 +414,7 @@ def test_what_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path)
         (["{"], "a line of .* is not"),
         (['{"file": "art/0.png", "name": "a"}'], "a line of .* is not"),
         (['{"file": "art/0.png", "name": "a", "captions": []}'], "at least one"),
+        (['{"file": "art/0.png", "name": "a", "captions": "a dog"}'], "captions are a list"),
         (['{"file": "a", "name": "a", "captions": ["a"]}', '{"file": "b", "name": "b", "captions": []}'], "equally"),
     ],
 )
