@@ -15,7 +15,6 @@ AUTOMATIC1111, ComfyUI and InvokeAI all accept (a second tensor breaks two of th
 into the safetensors metadata.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from inversion.errors import InversionError
+from models.replacing import replacing
 
 NAMELESS = ("emb_params", "clip_l")     # keys that are no word
 
@@ -62,14 +62,8 @@ def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[st
 
     The folder is made if need be. `format: pt` is added to the metadata, which some readers insist on.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    try:
-        tensors = {word: vectors.detach().cpu().contiguous()}
-        beside.write_bytes(save(tensors, {**metadata, "format": "pt"}))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        beside.write_bytes(save({word: vectors.detach().cpu().contiguous()}, {**metadata, "format": "pt"}))
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:

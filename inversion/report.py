@@ -1,12 +1,13 @@
 """A training at a glance: its loss curve, and one picture of what was shown and what was learned."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from models.replacing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,9 +93,5 @@ def _write(figure: "Figure", file: Path) -> None:
 
     for text in figure.findobj(lambda each: isinstance(each, Text) and "$" in each.get_text()):
         text.set_parse_math(False)          # somebody's words, and no formula between two $
-    beside = file.with_name(file.name + ".part")
-    try:
+    with replacing(file) as beside:
         figure.savefig(beside, format="png", dpi=150)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)

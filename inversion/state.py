@@ -8,7 +8,6 @@ which is AdamW without weight decay: decay would pull the word's vectors towards
     v ← v - lr · (m / (1 - β1^k)) / (sqrt(s / (1 - β2^k)) + 1e-8)
 """
 
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from inversion.errors import InversionError
 from inversion.scaling import after_overflow, after_updates
+from models.replacing import replacing
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 PROGRESS = 1e-3  # a validation loss lower by this part of the best one counts as progress
@@ -86,13 +86,8 @@ class State:
 
     def save(self, path: Path, run: dict[str, Any]) -> None:
         """Write the state and a description of its run beside `path`, and rename."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        try:
-            torch.save({"run": run, "state": {**asdict(self)}}, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as beside:
+            torch.save({"run": run, "state": asdict(self)}, beside)
 
     @classmethod
     def load(cls, path: Path, run: dict[str, Any], shape: torch.Size) -> "State":

@@ -1,7 +1,6 @@
 """Single .safetensors files that describe their network themselves, as JSON in the metadata."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,9 +54,4 @@ def write_described(path: Path, key: str, said: Mapping[str, Any], tensors: Mapp
         raise ModelError(f"a network that describes itself is written as .safetensors; {path} ends in {path.suffix!r}")
     if path.exists() and key not in metadata(path):
         raise ModelError(f"{path} exists: choose another path, or remove it")
-    beside = path.with_name(path.name + ".part")
-    try:
-        write_safetensors(beside, tensors, {key: json.dumps(said)})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_safetensors(path, tensors, {key: json.dumps(said)})

@@ -6,7 +6,6 @@ the model specification's `modelspec.prediction_type`, `predict_key` in ComfyUI'
 tensor `v_pred` says it, and where that is, too, the caller. `ztsnr` is another such mark, of a zero terminal SNR.
 """
 
-import os
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
@@ -93,12 +92,7 @@ def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None)
     tensors |= model.kept.get("single", {})
     _refuse_what_is_lost(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     spec = next(word for word, prediction in MODELSPEC.items() if prediction == model.prediction)
-    beside = path.with_name(path.name + ".part")
-    try:
-        write_safetensors(beside, tensors, {SPEC_KEYS[0]: spec})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_safetensors(path, tensors, {SPEC_KEYS[0]: spec})
 
 
 def _parts(model: LatentModel) -> list[Part]:

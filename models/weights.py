@@ -26,6 +26,7 @@ from models.files import Weights
 from models.layout import converted
 from models.processor import cpu_has_bfloat16
 from models.renaming import Layout, Stored, stored
+from models.replacing import replacing
 
 AT_ONCE = 256 * 2**20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,18 +114,18 @@ def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and, as metadata, text to a file whose folder is made if need be.
+    """Write tensors and, as metadata, text beside `path`, and rename; its folder is made if need be.
 
     The file gets the permissions that the user's files usually have; save_file alone keeps it to its owner.
     """
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    usual = path.stat().st_mode
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, {"format": "pt", **(said or {})})
-    path.chmod(usual)
+    with replacing(path) as beside:
+        beside.touch()
+        usual = beside.stat().st_mode
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, {"format": "pt", **(said or {})})
+        beside.chmod(usual)
 
 
 def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inversion import InversionError
+from models.replacing import replacing
 
 FLAGS = "run.json"
 
@@ -81,10 +82,8 @@ def word_and_file(text: str) -> tuple[str | None, Path]:
 
 def write_json(file: Path, content: Any) -> None:
     """Write beside the file, and rename; the folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    with replacing(file) as beside:
+        beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def _from_anywhere(value: Any) -> Any:

@@ -5,7 +5,6 @@ uninterrupted one bit for bit without keeping any generator's state.
 """
 
 import math
-import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from inversion.training import step_generator
 from models import ModelError
+from models.replacing import replacing
 
 
 class Trainer:
@@ -86,9 +86,8 @@ class Trainer:
         """Everything a resumed run needs, written beside `path` and renamed."""
         state = {"step": self.step, "names": self.names, "optimizers": [each.state_dict() for each in self.optimizers]}
         state |= {"best": self.best, "master": [p.detach() for p in self.master], "average": self.average}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, beside := path.with_name(path.name + ".part"))
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            torch.save(state, beside)
 
     def load(self, path: Path) -> None:
         """Continue from a file of `save`, if it is there. Raises ModelError if it belongs to other networks."""

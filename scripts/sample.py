@@ -7,7 +7,6 @@ Each image is a PNG named after its prompt and its seed; several also come toget
 prompt.
 """
 
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from guidance import GuidanceError, generate
 from guidance.chain import Model
 from inversion.concept import Concept
 from inversion.images import read_images
+from models.replacing import replacing
 
 
 @dataclass
@@ -94,9 +94,8 @@ def read_concepts(files: tuple[str, ...], model: Model, texts: tuple[str, ...]) 
 def write_png(path: Path, image: Tensor) -> None:
     """(3, H, W) in [-1, 1], written beside `path` and renamed."""
     pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)      # (H, W, 3)
-    part = path.with_name(f".{path.name}.part")
-    Image.fromarray(pixels.numpy()).save(part, format="PNG")
-    os.replace(part, path)
+    with replacing(path) as beside:
+        Image.fromarray(pixels.numpy()).save(beside, format="PNG")
 
 
 def draw(config: Config) -> Tensor:
