@@ -85,9 +85,9 @@ class State:
         return replace(state, stale=self.stale + 1)
 
     def save(self, path: Path, run: dict[str, Any]) -> None:
-        """Write the state and a description of its run beside `path`, and rename."""
-        with replacing(path) as beside:
-            torch.save({"run": run, "state": asdict(self)}, beside)
+        """Write the state and a description of its run beside `path`, and rename. Raises OSError, for a full disk."""
+        with replacing(path) as beside, open(beside, "wb") as file:     # by its name, torch raises another error
+            torch.save({"run": run, "state": asdict(self)}, file)
 
     @classmethod
     def load(cls, path: Path, run: dict[str, Any], shape: torch.Size) -> "State":

@@ -114,17 +114,22 @@ def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and, as metadata, text beside `path`, and rename; its folder is made if need be.
+    """Write tensors and, as metadata, text beside `path`, and rename: never half a file. The folder is made if need be.
 
-    The file gets the permissions that the user's files usually have; save_file alone keeps it to its owner.
+    The file gets the permissions that the user's files usually have; save_file alone keeps it to its owner. Raises
+    OSError where nothing can be written, or not all of it: a full disk is no OSError of safetensors'.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as beside:
         beside.touch()
         usual = beside.stat().st_mode
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, beside, {"format": "pt", **(said or {})})
+        try:
+            save_file(contiguous, beside, {"format": "pt", **(said or {})})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error}): make room, or choose another place") from error
         beside.chmod(usual)
 
 

@@ -83,11 +83,11 @@ class Trainer:
                 weight.copy_(value)
 
     def save(self, path: Path) -> None:
-        """Everything a resumed run needs, written beside `path` and renamed."""
+        """Everything a resumed run needs, written beside `path` and renamed. Raises OSError, for a full disk too."""
         state = {"step": self.step, "names": self.names, "optimizers": [each.state_dict() for each in self.optimizers]}
         state |= {"best": self.best, "master": [p.detach() for p in self.master], "average": self.average}
-        with replacing(path) as beside:
-            torch.save(state, beside)
+        with replacing(path) as beside, open(beside, "wb") as file:     # by its name, torch raises another error
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         """Continue from a file of `save`, if it is there. Raises ModelError if it belongs to other networks."""

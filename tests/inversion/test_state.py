@@ -6,6 +6,7 @@ import torch
 
 from inversion import InversionError
 from inversion.state import State
+from tests.disk import full_disk
 
 
 def test_the_update_is_adamw_without_weight_decay() -> None:
@@ -83,6 +84,14 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
         other = getattr(again, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else repr(value) == repr(other)
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["s.pt"]
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_state_before(tmp_path: Path) -> None:
+    State.start(torch.zeros(1, 4)).save(tmp_path / "s.pt", {"seed": 1})
+    with full_disk(), pytest.raises(OSError, match="[Ff]ile"):
+        State.start(torch.zeros(100, 100)).save(tmp_path / "s.pt", {"seed": 1})
+    assert State.load(tmp_path / "s.pt", {"seed": 1}, torch.Size([1, 4])).step == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["s.pt"]
 
 
 def test_another_run_is_refused_by_name(tmp_path: Path) -> None:

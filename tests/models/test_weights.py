@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import ModelError, presets
-from models.files import Weights, metadata
+from models.files import Weights, metadata, open_tensors
 from models.renaming import LAYOUTS
 from models.text import ClipText
 from models.vae import VAE
@@ -20,6 +20,7 @@ from models.weights import (
     on_meta,
     write_safetensors,
 )
+from tests.disk import full_disk
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LAYOUT = LAYOUTS["text"]["diffusers"]
@@ -176,3 +177,11 @@ def test_a_written_file_has_the_permissions_of_other_files(tmp_path: Path) -> No
     (tmp_path / "other").touch()
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    with full_disk(), pytest.raises(OSError, match=r"x\.safetensors cannot be written"):
+        write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(10_000)})
+    assert torch.equal(open_tensors(tmp_path / "x.safetensors")["a"], torch.ones(1))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]

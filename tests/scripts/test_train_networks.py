@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ import models
 from diffusion import Schedule
 from models import GlideModel, LatentModel
 from models.text import ClipText
+from tests.disk import full_disk
 from tests.tiny import tiny_glide
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -330,6 +332,21 @@ def test_a_training_that_explodes_stops_and_writes_nothing(data: Path, tmp_path:
     with pytest.raises(models.ModelError, match="lower the learning rate"):
         script("train_vae").main(vae_config(data, tmp_path / "vae", steps=40, learning_rate=1e30))
     assert not (tmp_path / "vae").exists()
+
+
+def save_trainer(file: Path) -> None:
+    script("_training").Trainer({"layer": torch.nn.Linear(30, 50)}, 1e-3, 10, 1, 0.9).save(file)
+
+
+@pytest.mark.parametrize(
+    "write", [save_trainer, lambda file: script("_runs").write_json(file, "long" * 100)], ids=["state", "json"]
+)
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing_half_written(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    with full_disk(), pytest.raises(OSError, match="[Ff]ile"):
+        write(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path) -> None:
