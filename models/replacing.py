@@ -10,12 +10,16 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what takes the place of `path` when the block ends; if it fails, nothing is left of it.
 
-    The folder is made if need be.
+    The folder is made if need be. An OSError that names no file, as a full disk's, is raised with this one's name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from statistics import mean
 
 import torch
 from _command import run
-from _runs import write_json
+from _runs import require_place, write_json
 from tqdm import tqdm
 from train_inversion import EXAMPLE, PHOTOGRAPHS, RECIPES, Model, Recipe, require_base
 
@@ -78,6 +78,7 @@ def main(config: Config) -> None:
     """Train every start with every seed, print the table, draw."""
     if not config.seeds:
         raise InversionError("--seeds needs at least one number")
+    require_place(picture=config.picture, output=config.output)
     files, model = inversion.find_images(config.images), require_base(models.load(config.model))
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     images = inversion.read_images(files, model.resolution)

@@ -22,6 +22,11 @@ def places(file: Path) -> list[tuple[float, float]]:
     return found
 
 
+def test_the_folder_of_a_picture_is_made(tmp_path: Path) -> None:
+    sheet(tmp_path / "new" / "sheet.png", torch.zeros(1, 3, 8, 8), ["grey"])
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["sheet.png"]
+
+
 def test_a_sheet_holds_its_images_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inversion.report.COLUMNS", 2)
     images = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8)

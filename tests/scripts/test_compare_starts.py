@@ -38,6 +38,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("flag", ["picture", "output"])
+def test_what_cannot_be_written_is_not_trained_for(script: ModuleType, folder: Path, flag: str) -> None:
+    with pytest.raises(InversionError, match=f"--{flag} .* is a folder: name a file"):
+        script.main(script.Config(str(folder / "no model"), folder / "photos", **{flag: folder}))
+
+
 def test_three_starts_are_compared_on_one_set(
     script: ModuleType, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

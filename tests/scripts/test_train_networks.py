@@ -489,6 +489,16 @@ def test_fidelity_of_nothing(flag: str) -> None:
         module.main(module.Config(**{flag: 0}))
 
 
+@pytest.mark.parametrize("flag", ["sheet", "output"])
+def test_fidelity_that_cannot_be_written_is_not_measured(tmp_path: Path, flag: str) -> None:
+    module = script("measure_fidelity")
+    (tmp_path / "x").touch()
+    with pytest.raises(ValueError, match=f"being a file: choose another --{flag}"):
+        module.main(module.Config(str(tmp_path / "no model"), **{flag: tmp_path / "x" / "found"}))
+    with pytest.raises(ValueError, match=f"--{flag} .* is a folder: name a file"):
+        module.main(module.Config(str(tmp_path / "no model"), **{flag: tmp_path}))
+
+
 def test_ranks_count_the_images_that_lie_nearer() -> None:
     training = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1, 1, 1)
     names = ["dog", "cat", "cat", "owl"]
