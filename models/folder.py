@@ -69,6 +69,8 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
     vae = _built(VAE, configs.read_vae, files["vae"])
     text = _built(ClipText, configs.read_text, files["text_encoder"])
     schedule, says = _schedule(folder / "scheduler" / "scheduler_config.json", text.config)
+    if (says := prediction or says) is None:
+        raise ModelError(f"{folder} does not say what it predicts: give prediction='epsilon' or 'v_prediction'")
     return LatentModel(
         family=presets.family_of(text.config),
         unet=unet,
@@ -76,7 +78,7 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
         text=text,
         tokenizer=_tokenizer(folder / "tokenizer", text.config),
         schedule=schedule,
-        prediction=presets.known_prediction(prediction or says, str(folder)),
+        prediction=says,
         resolution=_understood(configs.read_sample_size, files["unet"]) * vae.factor,
         source=str(folder),
     )

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from models.classifier import ClassifierConfig
-from models.errors import ModelError
 from models.glide_text import GlideTextConfig
 from models.latent import LatentModel
 from models.text import ClipText, ClipTextConfig
@@ -70,7 +69,6 @@ TINY = Preset(
 )  # fmt: skip
 
 
-
 @dataclass(frozen=True)
 class GlidePreset:
     """One of GLIDE's networks in numbers; the fields are those of GlideModel."""
@@ -107,7 +105,6 @@ GLIDE: dict[str, GlidePreset] = {
     "base_inpaint": GLIDE_BASE.inpainting(),
     "upsample_inpaint": GLIDE_UPSAMPLE.inpainting(),
 }
-
 
 
 @dataclass(frozen=True)
@@ -170,15 +167,6 @@ def family_of(text: ClipTextConfig) -> str:
     """The family that a text transformer tells: "sd1", "sd2", "emoji", or "custom"."""
     known = {("quick_gelu", 768): "sd1", ("gelu", 1024): "sd2", ("quick_gelu", 160): "emoji"}
     return known.get((text.activation, text.width), "custom")
-
-
-def known_prediction(says: str | None, where: str) -> str:
-    """What a model predicts. Raises ModelError where neither its files nor the caller said."""
-    if says is None:
-        raise ModelError(
-            f"{where} does not say what it predicts: give prediction='epsilon' or 'v_prediction'"
-        )
-    return says
 
 
 def untrained(preset: Preset) -> LatentModel:

@@ -70,7 +70,7 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
         text=on_meta(lambda: ClipText(text)),
         tokenizer=ClipTokenizer.clip(text.length, presets.SD2_V.pad if family == "sd2" else None),
         schedule=_schedule(found),
-        prediction=presets.known_prediction(says, str(path)),
+        prediction=says,
         resolution=768 if family == "sd2" and says == "v_prediction" else 512,
         source=str(path),
         names={"single": shapes.tower(found)},
