@@ -6,9 +6,8 @@ pair of levels, s less noisy than t):
     mean     = (sqrt(alpha_bar_s) beta · x_0 + sqrt(alpha) (1 - alpha_bar_s) · x_t) / (1 - alpha_bar_t)
     variance = beta (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
-The reverse process takes the small variance (this one), the large one (beta), or a learned one between the
-two on a log scale (Nichol & Dhariwal 2021, equation 15). Every alpha_bar is a float or a (B,) float64
-tensor.
+The reverse process takes the small variance (this one), the large one (beta), or a learned one between the two on a log
+scale (Nichol & Dhariwal 2021, equation 15). Every alpha_bar is a float or a (B,) float64 tensor.
 """
 
 import math

@@ -12,9 +12,8 @@ and a chain starts from N(0, I), or from q(x_t | x_0) of an image. In these coor
 is DDIM with eta = 0 (Song et al. 2021, equation 13), and Euler ancestral is DDIM with eta = 1. The same
 formulas, which stay finite at infinite sigma; the names differ in the times that they usually visit.
 
-Randomness: `generator` is a CPU torch.Generator, or one for each sample of the batch, or None for torch's
-own. Noise is drawn on the CPU in float32 (float64 if x is) and moved, so that a seed means the same on
-every device.
+Randomness: `generator` is a CPU torch.Generator, or one for each sample of the batch, or None for torch's own. Noise is
+drawn on the CPU in float32 (float64 if x is) and moved, so that a seed means the same on every device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -105,8 +104,7 @@ def euler(
 def euler_ancestral(
     denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
 ) -> Iterator[State]:
-    """Euler to sigma_down, then noise back up to the next sigma (crowsonkb/k-diffusion,
-    sample_euler_ancestral).
+    """Euler to sigma_down, then noise back up to the next sigma (crowsonkb/k-diffusion, sample_euler_ancestral).
 
     sigma_up² = sigma_s² (sigma_t² - sigma_s²) / sigma_t² is, divided by 1 + sigma_s², DDIM's variance at
     eta = 1. x: (B, C, H, W) at levels[0]. Raises DiffusionError as `ddim`.

@@ -13,9 +13,8 @@ Three formulas are published under three names:
 - `squaredcos_cap_v2`   alpha_bar(u) = cos²(π/2 · (u + 0.008) / 1.008), beta at most 0.999 (Nichol & Dhariwal
                         2021, equation 17). Some repositories call it `cosine`.
 
-`zero_terminal_snr` shifts and scales sqrt(alpha_bar) so that its last entry is exactly 0 and its first is
-kept (Lin et al. 2023, algorithm 1): the last step is then pure noise, and alpha_bar = 0 has to be exact
-everywhere.
+`zero_terminal_snr` shifts and scales sqrt(alpha_bar) so that its last entry is exactly 0 and its first is kept (Lin et
+al. 2023, algorithm 1): the last step is then pure noise, and alpha_bar = 0 has to be exact everywhere.
 
 Tables are float64 on the CPU and never follow a model's dtype. A coefficient is gathered and finished in
 float64, and only then cast to the dtype of the tensor that it multiplies.
@@ -119,8 +118,7 @@ class Schedule:
         return coefficient(alpha_bar**0.5, x0) * noise - coefficient((1 - alpha_bar) ** 0.5, x0) * x0
 
     def level(self, t: float) -> Level:
-        """The noise level at one time; between whole times sigma is interpolated linearly, as diffusers'
-        Euler does.
+        """The noise level at one time; between whole times sigma is interpolated linearly, as diffusers' Euler does.
 
         t: -1 (clean) or 0 … T - 1, whole or not. Raises DiffusionError outside, and strictly before a last
         step of infinite sigma.

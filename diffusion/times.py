@@ -1,14 +1,12 @@
 """Lists of times: which noise levels a sampler visits, as data.
 
-A list runs from the noisiest time down and includes its terminal entry: -1 for clean (alpha_bar = 1), or 0
-to stop at alpha_bar_0, as Stable Diffusion's DDIM does (diffusers: `set_alpha_to_one=False`). Steps are its
-neighbouring pairs, so a list of n + 1 entries is n steps, and starting later or stopping earlier is
-slicing.
+A list runs from the noisiest time down and includes its terminal entry: -1 for clean (alpha_bar = 1), or 0 to stop at
+alpha_bar_0, as Stable Diffusion's DDIM does (diffusers: `set_alpha_to_one=False`). Steps are its neighbouring pairs, so
+a list of n + 1 entries is n steps, and starting later or stopping earlier is slicing.
 
-`leading`, `linspace` and `trailing` are the spacings of diffusers, named after Lin et al. 2023, table 2;
-`respaced` is that of guided-diffusion and GLIDE (openai/glide-text2im at 69b5307); `karras` places sigmas
-(Karras et al. 2022, equation 5). `default_levels` is what a Stable Diffusion pipeline of diffusers takes
-with each sampler.
+`leading`, `linspace` and `trailing` are the spacings of diffusers, named after Lin et al. 2023, table 2; `respaced` is
+that of guided-diffusion and GLIDE (openai/glide-text2im at 69b5307); `karras` places sigmas (Karras et al. 2022,
+equation 5). `default_levels` is what a Stable Diffusion pipeline of diffusers takes with each sampler.
 """
 
 import bisect

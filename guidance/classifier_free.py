@@ -68,8 +68,7 @@ def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
 
 
 def combine(conditional: Prediction, null: Prediction, scale: float) -> Prediction:
-    """null + scale · (conditional - null) on x_0 and eps; a learned variance and a guide stay the
-    conditional's.
+    """null + scale · (conditional - null) on x_0 and eps; a learned variance and a guide stay the conditional's.
 
     That is GLIDE's choice for the variance (openai/glide-text2im at 69b5307, its text2im notebook).
     """

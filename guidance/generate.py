@@ -73,9 +73,8 @@ def generate(
     batch_size  images drawn at once.
     progress    True for a bar on stderr, or a function that is called with (steps done, steps in all).
 
-    Returns (B, 3, H, W) float32 in [-1, 1] on the CPU. Raises GuidanceError for what does not fit
-    together, and the model's and the process's errors (ModelError, DiffusionError) for a size, a sampler, its steps or
-    a strength.
+    Returns (B, 3, H, W) float32 in [-1, 1] on the CPU. Raises GuidanceError for what does not fit together, and the
+    model's and the process's errors (ModelError, DiffusionError) for a size, a sampler, its steps or a strength.
     """
     if not hasattr(model, "sampling"):
         raise GuidanceError(f"a {type(model).__name__} draws nothing: take a model of models.load")

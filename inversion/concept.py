@@ -25,11 +25,9 @@ FAMILIES = {"glide": "GLIDE", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diff
 
 @dataclass
 class Concept:
-    """placeholder: the new word as it stands in prompts. vectors: (n, D) float32. metadata: what the file
-    says of it.
+    """placeholder: the new word as it stands in prompts. vectors: (n, D) float32. metadata: what the file says of it.
 
-    Raises InversionError for an empty placeholder and for vectors that are not finite or not (n, D) with n >=
-    1.
+    Raises InversionError for an empty placeholder and for vectors that are not finite or not (n, D) with n >= 1.
     """
 
     placeholder: str

@@ -9,10 +9,9 @@
 | SDXL tools, for one encoder | clip_l                                       | none inside: the file's stem  |
 | SDXL tools                  | clip_l, clip_g                               | refused: two encoders         |
 
-Nothing in a file is executed: pickles are read with torch's restricted unpickler, and
-`torch.nn.ParameterDict` is the one class added to what it allows. A file with one tensor is what diffusers,
-AUTOMATIC1111, ComfyUI and InvokeAI all accept (a second tensor breaks two of them), so all else is written
-into the safetensors metadata.
+Nothing in a file is executed: pickles are read with torch's restricted unpickler, and `torch.nn.ParameterDict` is the
+one class added to what it allows. A file with one tensor is what diffusers, AUTOMATIC1111, ComfyUI and InvokeAI all
+accept (a second tensor breaks two of them), so all else is written into the safetensors metadata.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,9 @@
 """Photographs as the trainer wants them: upright, square, of one size, in memory.
 
-A camera stores its picture as the sensor lay and notes the turn in EXIF; here it is turned. A photograph is
-cropped to the largest centred square, never squashed, and resampled with Lanczos's filter. Transparent pixels
-lie on white. Nothing is mirrored: that ruins what is not symmetric, and is the caller's to ask for. All files
-are decoded before anything else happens, so that a damaged one is met in the first second and not in the
-second epoch.
+A camera stores its picture as the sensor lay and notes the turn in EXIF; here it is turned. A photograph is cropped to
+the largest centred square, never squashed, and resampled with Lanczos's filter. Transparent pixels lie on white.
+Nothing is mirrored: that ruins what is not symmetric, and is the caller's to ask for. All files are decoded before
+anything else happens, so that a damaged one is met in the first second and not in the second epoch.
 """
 
 import warnings
@@ -38,9 +37,8 @@ def read_folder(folder: str | Path, size: int, recursive: bool = False) -> Tenso
 def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder (with `recursive`, of its subfolders too), in the order of their names.
 
-    Hidden and foreign files are left out with one warning that names them; captions (a .txt beside an image
-    of the same stem) are no foreign files. Raises InversionError for a folder that is missing, empty, or has
-    no image.
+    Hidden and foreign files are left out with one warning that names them; captions (a .txt beside an image of the same
+    stem) are no foreign files. Raises InversionError for a folder that is missing, empty, or has no image.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -69,8 +69,7 @@ def denoising_loss(
 ) -> Tensor:
     """The loss of each sample, (B,) float32, with `word` in the templates' slots.
 
-    model: see `training`. concept: the learned word, if it is one; gradients reach its vectors if they ask
-    for them.
+    model: see `training`. concept: the learned word, if it is one; gradients reach its vectors if they ask for them.
     """
     device = model.device
     features = encode_prompts(model, [line.replace(SLOT, word) for line in batch.templates], concept)

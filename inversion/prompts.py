@@ -101,11 +101,9 @@ def read_templates(choice: str) -> list[str]:
 
 
 def templates_for(files: Sequence[Path], templates: Sequence[str], placeholder: str) -> list[list[str]]:
-    """The templates of each image: its caption where a .txt of the same stem lies beside it, else all of
-    them.
+    """The templates of each image: its caption where a .txt of the same stem lies beside it, else all of them.
 
-    A caption names the word by its placeholder, or by a slot. Raises InversionError for a caption with
-    neither.
+    A caption names the word by its placeholder, or by a slot. Raises InversionError for a caption with neither.
     """
     found = []
     for file in files:

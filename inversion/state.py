@@ -25,8 +25,7 @@ PROGRESS = 1e-3  # a validation loss lower by this part of the best one counts a
 
 @dataclass(frozen=True)
 class State:
-    """vectors, mean, square, best: (n, D) float32 on the CPU: the word now, Adam's m and s, and the best
-    word.
+    """vectors, mean, square, best: (n, D) float32 on the CPU: the word now, Adam's m and s, and the best word.
 
     step: steps taken, of which updates changed something; skipped: steps of non-finite loss, in_a_row those
     just now. losses: of every step, nan where skipped. history: a row a validation. best_step: when `best`

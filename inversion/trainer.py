@@ -18,8 +18,7 @@ from inversion.training import DEFAULTS, StepReport, Training
 
 @dataclass(frozen=True)
 class Result:
-    """concept: with the best vectors. history: a row a validation, with each vector's norm and cosine to its
-    start.
+    """concept: with the best vectors. history: a row a validation, with each vector's norm and cosine to its start.
 
     metrics: validation_loss_initial, _best, _caption (None without a name), best_step, steps, skipped_steps,
     seconds, peak_memory_bytes.

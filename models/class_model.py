@@ -60,9 +60,8 @@ class ClassModel(PixelModel):
 
     classes: their names, none for an unconditional model. schedule: keyword arguments of diffusion.Schedule.
     resolution: side of the images that it was trained on. source: where it is from. null: whether it met ∅ in training.
-    factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none.
-    upsampler: what enlarges this one's images, if anything does. checkpointing, attention, offload, window: see
-    `UNetModel`.
+    factor: how many times larger its images are than the small ones that it is shown; 1 if it is shown none. upsampler:
+    what enlarges this one's images, if anything does. checkpointing, attention, offload, window: see `UNetModel`.
 
     Raises ModelError for parts that do not fit each other.
     """

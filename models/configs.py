@@ -4,8 +4,7 @@ A config.json has far more settings than Stable Diffusion uses. Those that say s
 here are translated; the others must have the one value that these networks are built for, or the file is
 refused by name: a setting that is silently ignored is a wrong image that nobody can explain.
 
-One name misleads: `attention_head_dim` of a diffusers UNet is the *number* of heads, one number or one a
-level.
+One name misleads: `attention_head_dim` of a diffusers UNet is the *number* of heads, one number or one a level.
 """
 
 import reprlib
@@ -90,8 +89,7 @@ def read_sample_size(file: Json, where: str) -> int:
 def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """The config.json of a UNet; sample_size: side of the latents that it was trained on.
 
-    Raises ModelError for a UNet whose stem is not as wide as its first level: diffusers knows one number for
-    both.
+    Raises ModelError for a UNet whose stem is not as wide as its first level: diffusers knows one number for both.
     """
     if config.channel_mult[0] != 1:
         raise ModelError(

@@ -110,8 +110,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
 
 
 def find_weights(folder: Path, stems: Iterable[str], variant: str | None) -> Weights:
-    """The weight files of a folder: .safetensors before .bin, one file before shards, only of the variant
-    asked for.
+    """The weight files of a folder: .safetensors before .bin, one file before shards, only of the variant asked for.
 
     stems: names without suffix, such as "diffusion_pytorch_model". Raises ModelError naming what was looked
     for, and the variants that are there instead.
@@ -129,8 +128,7 @@ def find_weights(folder: Path, stems: Iterable[str], variant: str | None) -> Wei
 
 
 def names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
-    """The names of a weight file and of an index of shards: model.fp16.safetensors,
-    model.safetensors.index.fp16.json.
+    """The names of a weight file and of an index of shards: model.fp16.safetensors, model.safetensors.index.fp16.json.
     """
     dot = f".{variant}" if variant else ""
     return f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json"

@@ -1,8 +1,7 @@
 """The diffusers layout: a folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/.
 
-Both ways: a folder that is read and written again holds equal tensors under equal names. Two subfolders may
-be missing: without tokenizer/ the vocabulary is CLIP's, without scheduler/ the schedule is Stable
-Diffusion's.
+Both ways: a folder that is read and written again holds equal tensors under equal names. Two subfolders may be missing:
+without tokenizer/ the vocabulary is CLIP's, without scheduler/ the schedule is Stable Diffusion's.
 """
 
 import json

@@ -142,11 +142,10 @@ def save(
     """Write a model as a folder in the diffusers layout, or as a single .safetensors file (one of pixels always, and
     without its upsampler, which is saved by itself).
 
-    Tensors of the loaded file that no network uses go back to the layout that they came from: what went in
-    comes out equal. dtype: what the networks' tensors are stored in, None for what they run in. A model
-    folder at `path`, or behind it if that is a link, is replaced. Raises ModelError for anything else that is
-    there, for one that holds the working folder, for a released VAE, and for a model that the layout has no
-    place for.
+    Tensors of the loaded file that no network uses go back to the layout that they came from: what went in comes out
+    equal. dtype: what the networks' tensors are stored in, None for what they run in. A model folder at `path`, or
+    behind it if that is a link, is replaced. Raises ModelError for anything else that is there, for one that holds the
+    working folder, for a released VAE, and for a model that the layout has no place for.
     """
     if layout not in ("diffusers", "single"):
         raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")

@@ -1,10 +1,9 @@
 """Reading tensors out of pickles without running what the pickle says.
 
-A pickle is a program: it names functions and has them called. `torch.load(weights_only=True)` refuses every
-file that names anything unknown, and the original Stable Diffusion checkpoints name classes of the trainer
-they came from. Here three names mean something, the three that put tensors together; every other name becomes
-an inert class of its own, which can be called, filled and thrown away, and does nothing. Nothing is imported
-on the file's word.
+A pickle is a program: it names functions and has them called. `torch.load(weights_only=True)` refuses every file that
+names anything unknown, and the original Stable Diffusion checkpoints name classes of the trainer they came from. Here
+three names mean something, the three that put tensors together; every other name becomes an inert class of its own,
+which can be called, filled and thrown away, and does nothing. Nothing is imported on the file's word.
 """
 
 import pickle
@@ -67,11 +66,9 @@ def _load(file: Any, **options: Any) -> Any:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a .ckpt, .pt or .bin file holds, tensors memory-mapped where its container allows (all but the
-    oldest).
+    """What a .ckpt, .pt or .bin file holds, tensors memory-mapped where its container allows (all but the oldest).
 
-    Unknown objects come back as `Inert`. Raises ModelError for a file that is no such container, and for a
-    damaged one.
+    Unknown objects come back as `Inert`. Raises ModelError for a file that is no such container, and for a damaged one.
     """
     path = Path(path)
     with open(path, "rb") as file:

@@ -25,10 +25,9 @@ Shape = tuple[int, ...]
 class Layout:
     """How a file names the tensors of one network.
 
-    rule: our name and the network -> their name, without `prefix`. matrices: the 1x1 convolutions of the
-    VAE's attention are stored as matrices. unused: pattern of further names, prefix included, that belong to
-    the layout and that no network here needs; where it has a group `block`, only the block after the last
-    that runs.
+    rule: our name and the network -> their name, without `prefix`. matrices: the 1x1 convolutions of the VAE's
+    attention are stored as matrices. unused: pattern of further names, prefix included, that belong to the layout and
+    that no network here needs; where it has a group `block`, only the block after the last that runs.
     """
 
     prefix: str = ""
@@ -45,9 +44,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: its name and shape there, and the parameters of ours that it holds, stacked in
-    order.
-    """
+    """One tensor of a file: its name and shape there, and the parameters of ours that it holds, stacked in order."""
 
     name: str
     shape: Shape
@@ -55,9 +52,8 @@ class Stored:
     shapes: tuple[Shape, ...]
 
     def accepts(self, shape: Shape) -> bool:
-        """Whether a tensor of this shape is that tensor. A 1x1 convolution and a matrix are told apart only
-        where
-        the network tells them apart: the attention of the VAE is found as either."""
+        """Whether a tensor of this shape is that tensor. A 1x1 convolution and a matrix are told apart only where the
+        network tells them apart: the attention of the VAE is found as either."""
         return shape == self.shape or (self.either and _bare(shape) == _bare(self.shape))
 
     @property
@@ -131,8 +127,7 @@ ENDS = substitution(
 def diffusers_unet(name: str, network: nn.Module) -> str:
     """diffusers counts residual blocks and attentions apart, level by level, where CompVis counts stages.
 
-    Going down, a level is num_res_blocks stages and a halving; going up, it has one stage more, whose end
-    doubles.
+    Going down, a level is num_res_blocks stages and a halving; going up, it has one stage more, whose end doubles.
     """
     blocks = network.config.num_res_blocks
     match name.split(".", 3):

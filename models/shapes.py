@@ -54,9 +54,7 @@ class Shapes:
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> UNetConfig:
-    """The UNet of a single file: 1.x if its context is 768 wide, 2.x if 1024. Raises ModelError for any
-    other.
-    """
+    """The UNet of a single file: 1.x if its context is 768 wide, 2.x if 1024. Raises ModelError for any other."""
     s = Shapes(shapes, UNET, where)
     channels, c_in, *_ = s.of("input_blocks.0.0.weight", 4)
     mult, attends, stages = [], [], [0]
@@ -113,9 +111,8 @@ def tower(names: Iterable[str]) -> str:
 def text_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipTextConfig:
     """The text transformer of a single file, CLIP (1.x) or OpenCLIP (2.x).
 
-    Of OpenCLIP's blocks the last does not run. It is recognised by what is stored with it, the projection
-    that
-    follows the whole tower: files that were converted back from the diffusers layout have neither.
+    Of OpenCLIP's blocks the last does not run. It is recognised by what is stored with it, the projection that follows
+    the whole tower: files that were converted back from the diffusers layout have neither.
     """
     layout = tower(shapes)
     s = Shapes(shapes, LAYOUTS["text"][layout].prefix, where)

@@ -43,9 +43,8 @@ class Tokens:
 class ClipTokenizer:
     """CLIP's tokenizer over a vocabulary.
 
-    length: tokens in a sequence, begin and end included. pad: the id after the end token; the end token
-    itself if None, as in Stable Diffusion 1.x (2.x fills with 0). Raises ModelError for a length or a pad
-    that cannot be.
+    length: tokens in a sequence, begin and end included. pad: the id after the end token; the end token itself if None,
+    as in Stable Diffusion 1.x (2.x fills with 0). Raises ModelError for a length or a pad that cannot be.
 
     A "!" stays the token that CLIP has for it, also where a folder names "!" as its padding: transformers
     would then read every "!" of a prompt as padding, which the SD 2.x encoder never met in its training.
@@ -68,9 +67,7 @@ class ClipTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, length: int = 77) -> "ClipTokenizer":
-        """A tokenizer of at most vocab_size tokens (514 or more) learned from captions; it can encode every
-        text.
-        """
+        """A tokenizer of at most vocab_size tokens (514 or more) learned from captions; it can encode every text."""
         return cls(vocabulary.learn(captions, vocab_size), length)
 
     @classmethod

@@ -27,8 +27,7 @@ PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokens: token to id, ids 0 to N-1 each once, begin and end among them; merges: pairs, first merged
-    first.
+    """tokens: token to id, ids 0 to N-1 each once, begin and end among them; merges: pairs, first merged first.
 
     Raises ModelError for tokens that are not such a mapping.
     """
@@ -83,9 +82,8 @@ def learn(captions: Iterable[str], size: int) -> Vocabulary:
 def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
     """A tokenizer folder of the diffusers layout: its vocabulary and its settings.
 
-    The vocabulary is vocab.json with merges.txt, or else tokenizer.json; the settings are
-    tokenizer_config.json overlaid with special_tokens_map.json, as transformers overlays them. Raises
-    ModelError naming what is missing.
+    The vocabulary is vocab.json with merges.txt, or else tokenizer.json; the settings are tokenizer_config.json
+    overlaid with special_tokens_map.json, as transformers overlays them. Raises ModelError naming what is missing.
     """
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokens = read_json(folder / "vocab.json")
@@ -123,9 +121,7 @@ def write(folder: Path, vocabulary: Vocabulary, length: int, pad: str) -> None:
 
 
 def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
-    """A `tokenizers.Tokenizer` that composes (NFC), lower-cases, cuts text by CLIP's pattern and merges
-    bytes.
-    """
+    """A `tokenizers.Tokenizer` that composes (NFC), lower-cases, cuts text by CLIP's pattern and merges bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     try:

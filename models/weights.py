@@ -1,14 +1,12 @@
 """Filling networks with the tensors of files: strictly, and at the cost of the model's own size.
 
-A network is made on the meta device, where it has names and shapes but no numbers, and its parameters are
-replaced by the tensors of the file. Where dtype and device are those of the file, that is the file's own
-memory map and nothing is copied. Where they are not, tensors are converted one at a time, and the map is
-opened anew every few hundred megabytes, because pages that were read count as used memory until their map is
-gone.
+A network is made on the meta device, where it has names and shapes but no numbers, and its parameters are replaced by
+the tensors of the file. Where dtype and device are those of the file, that is the file's own memory map and nothing is
+copied. Where they are not, tensors are converted one at a time, and the map is opened anew every few hundred megabytes,
+because pages that were read count as used memory until their map is gone.
 
-Every name of the network has to be in the file with its shape, and every name in the file has to be known.
-What is published but not used (noise schedules, averaged weights, a last block that does not run) is kept
-aside, unread.
+Every name of the network has to be in the file with its shape, and every name in the file has to be known. What is
+published but not used (noise schedules, averaged weights, a last block that does not run) is kept aside, unread.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,7 @@
     python scripts/sample.py --prompt "a dog" "a guide dog" --count 4
     python scripts/sample.py --model models/sd15 --concept frida.safetensors --prompt "a photo of <frida>"
 
-Each image is a PNG named after its prompt and its seed; several also come together on sheet.png, a row a
-prompt.
+Each image is a PNG named after its prompt and its seed; several also come together on sheet.png, a row a prompt.
 """
 
 import re
