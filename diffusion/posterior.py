@@ -23,9 +23,7 @@ def step_beta(alpha_bar_t: float | Tensor, alpha_bar_s: float | Tensor) -> float
     return 1 - alpha_bar_t / alpha_bar_s
 
 
-def posterior_mean(
-    x0: Tensor, x_t: Tensor, alpha_bar_t: float | Tensor, alpha_bar_s: float | Tensor
-) -> Tensor:
+def posterior_mean(x0: Tensor, x_t: Tensor, alpha_bar_t: float | Tensor, alpha_bar_s: float | Tensor) -> Tensor:
     """x0, x_t: (B, …) -> the mean of q(x_s | x_t, x_0), (B, …), in their dtype."""
     beta = step_beta(alpha_bar_t, alpha_bar_s)
     of_x0 = alpha_bar_s**0.5 * beta / (1 - alpha_bar_t)

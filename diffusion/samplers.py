@@ -91,9 +91,7 @@ def ddim(
         yield State(index, len(levels) - 1, lower, x, prediction)
 
 
-def euler(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
-) -> Iterator[State]:
+def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
     """Euler's method in sigma (Karras et al. 2022, algorithm 1 without its second half). Draws no noise.
 
     x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
@@ -112,9 +110,7 @@ def euler_ancestral(
     return ddim(denoise, x, levels, generator=generator, eta=1.0)
 
 
-def plms(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
-) -> Iterator[State]:
+def plms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
     """Pseudo linear multistep (Liu et al. 2022, equations 9 and 12), as CompVis/latent-diffusion starts it.
 
     The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step.
@@ -137,9 +133,7 @@ def plms(
         yield State(index, len(levels) - 1, lower, x, prediction)
 
 
-def dpmpp_2m(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
-) -> Iterator[State]:
+def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). x: (B, C, H, W) at levels[0]. Draws no noise.
 
     Raises DiffusionError for levels that do not go from noise to clean.

@@ -171,9 +171,7 @@ def _betas(name: str, steps: int, start: float | None, end: float | None) -> Ten
     start = default_start if start is None else start
     end = default_end if end is None else end
     if not (0 < start < 1 and 0 < end < 1):
-        raise DiffusionError(
-            f"betas lie between 0 and 1, but {name} over {steps} steps runs from {start:g} to {end:g}"
-        )
+        raise DiffusionError(f"betas lie between 0 and 1, but {name} over {steps} steps runs from {start:g} to {end:g}")
     if name == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2

@@ -27,9 +27,7 @@ def leading(steps: int, n: int, offset: int = 0, terminal: int = -1) -> list[flo
     _check(steps, n)
     times = [i * (steps // n) + offset for i in reversed(range(n))]
     if times[0] > steps - 1:
-        raise DiffusionError(
-            f"{n} leading steps with offset {offset} begin at time {times[0]}, past {steps - 1}"
-        )
+        raise DiffusionError(f"{n} leading steps with offset {offset} begin at time {times[0]}, past {steps - 1}")
     return [float(t) for t in (*times, terminal)]
 
 
@@ -73,9 +71,7 @@ def respaced(spec: str, steps: int = 1000) -> list[float]:
         wanted = int(spec[4:])
         stride = next((s for s in range(1, steps) if len(range(0, steps, s)) == wanted), None)
         if stride is None:
-            raise DiffusionError(
-                f"{spec!r}: no whole stride through {steps} times gives exactly {wanted} of them"
-            )
+            raise DiffusionError(f"{spec!r}: no whole stride through {steps} times gives exactly {wanted} of them")
         return [float(t) for t in (*reversed(range(0, steps, stride)), -1)]
     counts = spec.split(",")
     if not all(count.strip().isdecimal() for count in counts):
@@ -112,9 +108,7 @@ def karras(schedule: Schedule, n: int, rho: float = 7.0) -> list[Level]:
     _check(schedule.steps, n)
     table = [schedule.level(t).sigma for t in range(schedule.steps)]
     if math.isinf(table[-1]):
-        raise DiffusionError(
-            "Karras times need a finite largest sigma: with zero terminal SNR take trailing times"
-        )
+        raise DiffusionError("Karras times need a finite largest sigma: with zero terminal SNR take trailing times")
     low, high = table[0] ** (1 / rho), table[-1] ** (1 / rho)
     sigmas = [(high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n)]
     return [*(Level(float(round(_time_of(s, table))), 1 / (1 + s**2)) for s in sigmas), LAST]

@@ -129,9 +129,7 @@ def _require_sides(image: Tensor, factor: int, height: int | None, width: int | 
             )
 
 
-def enlarged(
-    model: Any, image: Tensor | None, mask: Tensor | None, count: int, sides: tuple[int, int]
-) -> Tensor:
+def enlarged(model: Any, image: Tensor | None, mask: Tensor | None, count: int, sides: tuple[int, int]) -> Tensor:
     """The small images (B, 3, h, w) that an upsampler by itself makes images of these sides of."""
     if any(side % model.factor for side in sides):
         raise GuidanceError(f"{model.source} makes images whose sides are multiples of {model.factor}, not {sides}")

@@ -47,9 +47,7 @@ class TrainConfig:
         if self.seed >= 2**32:
             raise InversionError(f"a seed lies between 0 and {2**32 - 1}, {self.seed} does not")
         if self.schedule not in ("constant", "cosine"):
-            raise InversionError(
-                f"no learning-rate schedule is called {self.schedule!r}; use constant or cosine"
-            )
+            raise InversionError(f"no learning-rate schedule is called {self.schedule!r}; use constant or cosine")
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 … steps - 1: linear warm-up, then constant or half a cosine to 0."""

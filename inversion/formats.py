@@ -40,9 +40,7 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open(path, "rb") as file:
         head = file.read(16)
     if head.startswith(b"version "):
-        raise InversionError(
-            f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`, or anew"
-        )
+        raise InversionError(f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`, or anew")
     content, metadata = _read_safetensors(path) if _is_safetensors(path, head) else _read_pickle(path)
     named, said = _named(content, path)
     words = {word: _vectors(value, word, path) for word, value in named.items()}

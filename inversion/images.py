@@ -80,9 +80,7 @@ def read_images(files: Sequence[Path], size: int) -> Tensor:
             small.append(f"{file.name} ({image.width}×{image.height})")
         pixels.append(torch.from_numpy(np.asarray(_square(image, size)).copy()))  # (size, size, 3)
     if small:
-        warnings.warn(
-            f"enlarged to {size}×{size}, and so blurred: {_listed(small)}", UserWarning, stacklevel=2
-        )
+        warnings.warn(f"enlarged to {size}×{size}, and so blurred: {_listed(small)}", UserWarning, stacklevel=2)
     return torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

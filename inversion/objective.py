@@ -64,9 +64,7 @@ def random_batch(
     return Batch(moments[which], chosen, t, draw, noise)
 
 
-def denoising_loss(
-    model: Any, schedule: Schedule, batch: Batch, word: str, concept: Concept | None = None
-) -> Tensor:
+def denoising_loss(model: Any, schedule: Schedule, batch: Batch, word: str, concept: Concept | None = None) -> Tensor:
     """The loss of each sample, (B,) float32, with `word` in the templates' slots.
 
     model: see `training`. concept: the learned word, if it is one; gradients reach its vectors if they ask for them.

@@ -85,9 +85,7 @@ def read_templates(choice: str) -> list[str]:
         return list(TEMPLATES[choice])
     if not Path(choice).is_file():
         sets = ", ".join(TEMPLATES)
-        raise InversionError(
-            f"no templates are called {choice!r} and no such file exists: use {sets} or a text file"
-        )
+        raise InversionError(f"no templates are called {choice!r} and no such file exists: use {sets} or a text file")
     lines = [line.strip() for line in _read_text(Path(choice)).splitlines()]
     templates = [line for line in lines if line]
     if not templates:
@@ -134,9 +132,7 @@ def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence
     def length(template: str) -> int:
         return sum(len(tokenizer.tokens_of(part)) for part in template.split(SLOT))
 
-    for template in sorted(
-        {template for several in templates for template in several}, key=length, reverse=True
-    ):
+    for template in sorted({template for several in templates for template in several}, key=length, reverse=True):
         rest, slots, room = length(template), template.count(SLOT), tokenizer.room
         if rest + slots * n > room:
             most = (room - rest) // slots if slots else 0

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 COLUMNS = 8     # of a sheet
 
 
-def loss_curve(
-    file: Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None
-) -> None:
+def loss_curve(file: Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None) -> None:
     """Draw validation and training losses, and each vector's norm and cosine to its start, into a PNG.
 
     history: as `Result.history`. caption: the concept's plain words and their loss, drawn as a line to beat.
@@ -32,9 +30,7 @@ def loss_curve(
     losses.plot(*zip(*trained), color="0.75", label="training (random draws)") if trained else None
     losses.plot(steps, [row["validation_loss"] for row in history], marker=".", label="validation (fixed)")
     if caption is not None:
-        losses.axhline(
-            caption[1], color="tab:red", linestyle=":", label=f"validation, “{caption[0]}” as words"
-        )
+        losses.axhline(caption[1], color="tab:red", linestyle=":", label=f"validation, “{caption[0]}” as words")
     losses.set(xlabel="step", ylabel="loss", title="denoising loss")
     losses.legend()
     for key, style in (("norms", "-"), ("cosines", "--")):

@@ -163,9 +163,7 @@ class Training:
         generator = step_generator(self.config.seed, step)
         rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
         which, choice = torch.cat(rounds)[:size], torch.randint(2**31, (size,), generator=generator)
-        return random_batch(
-            self.moments, self.templates, which, choice, self.shape, self.schedule.steps, generator
-        )
+        return random_batch(self.moments, self.templates, which, choice, self.shape, self.schedule.steps, generator)
 
     def _validated(self, state: State) -> State:
         word = self.concept.placeholder

@@ -34,9 +34,7 @@ class Validation:
         self.model, self.schedule, self.batch_size = model, schedule, batch_size
         every = torch.arange(len(moments) * pairs)  # sample j: image j % N, in the stratum j // N
         generator = torch.Generator().manual_seed(STREAM)
-        self.batch = random_batch(
-            moments, templates, every % len(moments), every, shape, schedule.steps, generator
-        )
+        self.batch = random_batch(moments, templates, every % len(moments), every, shape, schedule.steps, generator)
 
     @torch.no_grad()
     def loss(self, word: str, concept: Concept | None = None) -> float:

@@ -49,13 +49,9 @@ def read_unet(file: Json, where: str) -> UNetConfig:
     channels = _need(file, "block_out_channels", where)
     blocks = _need(file, "down_block_types", where)
     known = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
-    if not set(blocks) <= set(known) or list(file.get("up_block_types", [])) != [
-        known[b] for b in reversed(blocks)
-    ]:
+    if not set(blocks) <= set(known) or list(file.get("up_block_types", [])) != [known[b] for b in reversed(blocks)]:
         said = f"{list(blocks)} down and {list(file.get('up_block_types', []))} up"
-        raise ModelError(
-            f"{where}: only {', '.join(known)} and their mirror image are supported, found {said}"
-        )
+        raise ModelError(f"{where}: only {', '.join(known)} and their mirror image are supported, found {said}")
     heads = file.get("num_attention_heads") or file.get("attention_head_dim", 8)
     num_heads, head_channels = _heads(heads, channels, where)
     return UNetConfig(
@@ -64,15 +60,11 @@ def read_unet(file: Json, where: str) -> UNetConfig:
         model_channels=channels[0],
         channel_mult=_multiples(channels, where),
         num_res_blocks=_same(file.get("layers_per_block", 2), "layers_per_block", where),
-        attention_resolutions=tuple(
-            2**i for i in range(len(blocks))[::-1] if blocks[i].startswith("CrossAttn")
-        ),
+        attention_resolutions=tuple(2**i for i in range(len(blocks))[::-1] if blocks[i].startswith("CrossAttn")),
         num_heads=num_heads,
         head_channels=head_channels,
         context_dim=_same(_need(file, "cross_attention_dim", where), "cross_attention_dim", where),
-        transformer_depth=_same(
-            file.get("transformer_layers_per_block", 1), "transformer_layers_per_block", where
-        ),
+        transformer_depth=_same(file.get("transformer_layers_per_block", 1), "transformer_layers_per_block", where),
         linear_proj=bool(file.get("use_linear_projection", False)),
         norm_groups=file.get("norm_num_groups", 32),
     )
@@ -148,9 +140,7 @@ def read_text(file: Json, where: str) -> ClipTextConfig:
     _refuse(file, TEXT_FIXED, where)
     file = TEXT_DEFAULTS | dict(file)
     if file["hidden_act"] not in ("quick_gelu", "gelu"):
-        raise ModelError(
-            f"{where}: hidden_act {file['hidden_act']!r} is neither quick_gelu (CLIP) nor gelu (OpenCLIP)"
-        )
+        raise ModelError(f"{where}: hidden_act {file['hidden_act']!r} is neither quick_gelu (CLIP) nor gelu (OpenCLIP)")
     return ClipTextConfig(
         vocab_size=file["vocab_size"],
         length=file["max_position_embeddings"],
@@ -251,7 +241,5 @@ def _heads(heads: int | Sequence[int], channels: Sequence[int], where: str) -> t
         return each[0], None
     widths = {c // h for c, h in zip(channels, each)}
     if len(each) != len(channels) or len(widths) != 1:
-        raise ModelError(
-            f"{where}: {each} heads over {list(channels)} channels are neither equal nor equally wide"
-        )
+        raise ModelError(f"{where}: {each} heads over {list(channels)} channels are neither equal nor equally wide")
     return None, widths.pop()

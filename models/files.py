@@ -78,9 +78,7 @@ def refuse_unreadable(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):
-        raise ModelError(
-            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from"
-        )
+        raise ModelError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from")
     if not start:
         raise ModelError(f"{path} is empty")
 
@@ -116,15 +114,11 @@ def find_weights(folder: Path, stems: Iterable[str], variant: str | None) -> Wei
     for, and the variants that are there instead.
     """
     stems = tuple(stems)
-    looked_for = [
-        name for suffix in ("safetensors", "bin") for stem in stems for name in names(stem, suffix, variant)
-    ]
+    looked_for = [name for suffix in ("safetensors", "bin") for stem in stems for name in names(stem, suffix, variant)]
     for name in looked_for:
         if (folder / name).is_file():
             return Weights(_shards(folder / name) if name.endswith(".json") else (folder / name,))
-    raise ModelError(
-        f"{folder} holds none of {', '.join(looked_for)}{_other_variants(folder, stems, variant)}"
-    )
+    raise ModelError(f"{folder} holds none of {', '.join(looked_for)}{_other_variants(folder, stems, variant)}")
 
 
 def names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
@@ -141,9 +135,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise ModelError(f"{index} is not an index of shards: it needs a weight_map of file names") from error
     for shard in shards:
         if not isinstance(shard, str) or re.search(r"[/\\]|^\.\.?$|^$", shard):
-            raise ModelError(
-                f"{index} names {shard!r} as a shard; a shard is a bare file name in the same folder"
-            )
+            raise ModelError(f"{index} names {shard!r} as a shard; a shard is a bare file name in the same folder")
     if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise ModelError(f"{index.parent} lacks the shard {', '.join(missing)} that {index.name} names")
     return tuple(index.parent / shard for shard in shards)

@@ -23,9 +23,7 @@ def download(repository: str, variant: str | None) -> Path:
         said = f"{repository} is behind a licence: accept it on its page and log in (`hf auth login`)"
         raise ModelError(said) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"the hub has no repository {repository}, and there is no such folder here"
-        ) from error
+        raise ModelError(f"the hub has no repository {repository}, and there is no such folder here") from error
     except (errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
             f"{repository} is neither a folder here nor in the download cache, and the hub cannot be "

@@ -139,6 +139,4 @@ class LatentModel(UNetModel):
 
     def _require_encoder(self) -> None:
         if self.released:
-            raise ModelError(
-                "the VAE was released from memory (release_encoder): load the model again to use it"
-            )
+            raise ModelError("the VAE was released from memory (release_encoder): load the model again to use it")

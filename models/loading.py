@@ -155,9 +155,7 @@ def save(
             write(model, Path(path), dtype)
         return
     if model.released:
-        raise ModelError(
-            "the VAE was released from memory (release_encoder): load the model again to save it"
-        )
+        raise ModelError("the VAE was released from memory (release_encoder): load the model again to save it")
     write = {"diffusers": write_folder, "single": write_single_file}[layout]
     with my_turn:
         write(model, Path(path), dtype)

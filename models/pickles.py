@@ -75,9 +75,7 @@ def read_pickle(path: str | Path) -> Any:
         start = file.read(2)
     is_zip = start == b"PK"
     if not is_zip and start[:1] != b"\x80":
-        raise ModelError(
-            f"{path} is not a PyTorch file: it begins with {start!r}, neither a zip nor a pickle"
-        )
+        raise ModelError(f"{path} is not a PyTorch file: it begins with {start!r}, neither a zip nor a pickle")
     try:
         if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise ModelError(f"{path} is a TorchScript program, not weights: save its state_dict instead")
@@ -85,9 +83,7 @@ def read_pickle(path: str | Path) -> Any:
         reader = SimpleNamespace(Unpickler=_Unpickler, load=_load, __name__="restricted")
         return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False, mmap=is_zip)
     except (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ModelError(
-            f"{path} cannot be read; it is truncated or damaged ({_first_line(error)})"
-        ) from error
+        raise ModelError(f"{path} cannot be read; it is truncated or damaged ({_first_line(error)})") from error
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, AssertionError) as error:
         if isinstance(error, ModelError):
             raise

@@ -217,9 +217,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "vae": {
         "single": Layout("first_stage_model."),
         "diffusers": Layout(rule=diffusers_vae("to_q", "to_k", "to_v", "to_out.0"), matrices=True),
-        "diffusers published": Layout(
-            rule=diffusers_vae("query", "key", "value", "proj_attn"), matrices=True
-        ),
+        "diffusers published": Layout(rule=diffusers_vae("query", "key", "value", "proj_attn"), matrices=True),
     },
     "text": {
         "single": Layout("cond_stage_model.transformer.text_model.", unused=f"{POSITIONS}|{CLIP_HEAD}"),

@@ -69,9 +69,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> UNetConfig
         stages[-1] += 1
     context = s.of("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     if context not in (768, 1024):
-        raise ModelError(
-            f"{where}: a text of width {context} is neither Stable Diffusion 1.x (768) nor 2.x (1024)"
-        )
+        raise ModelError(f"{where}: a text of width {context} is neither Stable Diffusion 1.x (768) nor 2.x (1024)")
     return UNetConfig(
         in_channels=c_in,
         out_channels=s.of("out.2.weight", 4)[0],

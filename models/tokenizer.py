@@ -153,9 +153,7 @@ def by_owner(
     return ((owner, list(run)) for owner, run in runs)
 
 
-def fitted(
-    rows: list[list[int]], room: int, text_of: Callable[[list[int]], str]
-) -> tuple[list[list[int]], list[str]]:
+def fitted(rows: list[list[int]], room: int, text_of: Callable[[list[int]], str]) -> tuple[list[list[int]], list[str]]:
     """Rows of at most `room` ids, and for each the text that was cut off, with a UserWarning that quotes it."""
     cut = [text_of(row[room:]) for row in rows]
     for row, lost in zip(rows, cut):

@@ -98,9 +98,7 @@ def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
             raise ModelError(f"{folder / 'tokenizer.json'} has no vocabulary with its merges: fetch it anew")
         merges = [_pair(merge) for merge in pairs]
     else:
-        raise ModelError(
-            f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json"
-        )
+        raise ModelError(f"{folder} holds no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json")
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():

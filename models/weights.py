@@ -187,9 +187,7 @@ def _check(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
             for name in found
             if not expected[name].accepts(shapes[name])
         ],
-        "of another dtype": [
-            f"{name} {tensors[name].dtype}" for name in found if tensors[name].dtype not in FLOATS
-        ],
+        "of another dtype": [f"{name} {tensors[name].dtype}" for name in found if tensors[name].dtype not in FLOATS],
     }
     if any(problems.values()):
         said = "; ".join(f"{_listed(names)} {what}" for what, names in problems.items() if names)

@@ -15,9 +15,7 @@ from models import ModelError
 from models.class_names import ClassNames
 
 
-def read_told(
-    told: str, folder: Path, size: int | None, names: ClassNames | None = None
-) -> tuple[Tensor, list[dict]]:
+def read_told(told: str, folder: Path, size: int | None, names: ClassNames | None = None) -> tuple[Tensor, list[dict]]:
     """Images (N, 3, H, W) in [-1, 1] of a folder, and a row each with what the network is told: its "captions".
 
     told: "captions", "classes" or "nothing"; size as in train_diffusion.py. names: the classes that a folder of

@@ -82,9 +82,7 @@ def glide_model(config: Any, captions: Iterable[str], size: int) -> GlideModel:
     )  # fmt: skip
     torch.nn.init.normal_(text.token_embedding.weight, std=0.02)
     like, form = (GLIDE_BASE, "epsilon") if config.factor == 1 else (GLIDE_UPSAMPLE, "v_prediction")
-    return GlideModel(
-        unet, text, tokenizer, dict(like.schedule), size, config.factor, False, str(config.output), form
-    )
+    return GlideModel(unet, text, tokenizer, dict(like.schedule), size, config.factor, False, str(config.output), form)
 
 
 def class_model(config: Any, captions: Iterable[str], size: int) -> ClassModel:

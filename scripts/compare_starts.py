@@ -64,9 +64,7 @@ def table(results: dict[str, list[inversion.Result]]) -> list[str]:
     seeds = len(next(iter(results.values())))
     lines = [f"{'start':{width}}  vectors  initial  {'best, a seed each':{8 * seeds - 2}}  change"]
     for label, several in results.items():
-        first, best = (
-            [result.metrics[f"validation_loss_{key}"] for result in several] for key in ("initial", "best")
-        )
+        first, best = ([result.metrics[f"validation_loss_{key}"] for result in several] for key in ("initial", "best"))
         losses = "  ".join(f"{loss:.4f}" for loss in best)
         change = mean(best) / first[0] - 1
         count = len(several[0].concept.vectors)
@@ -88,9 +86,7 @@ def main(config: Config) -> None:
         for label, start in starts(model, config).items():
             for seed in config.seeds:
                 settings = recipe.settings(seed, steps=config.steps)
-                result = inversion.train(
-                    model, start, images, prompts, settings, name=config.name, keep_encoder=True
-                )
+                result = inversion.train(model, start, images, prompts, settings, name=config.name, keep_encoder=True)
                 results.setdefault(label, []).append(result)
                 bar.update()
     print("\n".join(table(results)))
@@ -101,9 +97,7 @@ def main(config: Config) -> None:
         draw(config, model, recipe, images, {label: several[0].concept for label, several in results.items()})
 
 
-def draw(
-    config: Config, model: Model, recipe: Recipe, images: torch.Tensor, learned: dict[str, Concept]
-) -> None:
+def draw(config: Config, model: Model, recipe: Recipe, images: torch.Tensor, learned: dict[str, Concept]) -> None:
     """Write the picture: the images, what the word meant before, and what each start has become."""
     text, before = (recipe.prompt.replace("{}", word) for word in (config.token, config.word))
     rows = [("images to learn from", images[: config.samples])]

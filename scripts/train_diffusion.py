@@ -220,9 +220,7 @@ def networks(model: Model) -> dict[str, nn.Module]:
     return {"unet": model.unet} | ({} if isinstance(model, ClassModel) else {"text": model.text})
 
 
-def export(
-    model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype, judge: Callable[[], float] | None
-) -> None:
+def export(model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype, judge: Callable[[], float] | None) -> None:
     """Write the model with averaged weights, in float16, and go on training where we were.
 
     judge: the loss of held-out pictures, which then decides: only if it is lower than ever is anything written.
@@ -257,9 +255,7 @@ def main(config: Config) -> None:
     shape, pictures = model.x0_shape(*images.shape[2:]), Pictures.of(model, images, small, rows)
     judge = None
     if config.held_out is not None:
-        images, held_rows = read_told(
-            config.told, config.held_out, images.shape[-1], getattr(model, "classes", None)
-        )
+        images, held_rows = read_told(config.told, config.held_out, images.shape[-1], getattr(model, "classes", None))
         held_out = Pictures.of(model, images, reduced(images, config), held_rows)
         judge = partial(held_out.fixed_loss, model, schedule)
 
