@@ -1,9 +1,35 @@
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from torch import Tensor
+
+import models
+
+if TYPE_CHECKING:
+    from tests.models.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module", params=["1.x", "2.x"])
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Pipeline":
+    from tests.models.pipeline import Pipeline  # which imports diffusers and transformers
+
+    return Pipeline(request.param, tmp_path_factory.mktemp("peer"))
+
+
+@pytest.fixture(scope="module")
+def ours(peer: "Pipeline") -> models.LatentModel:
+    return models.load(peer.folder, dtype=torch.float64, device="cpu")
+
+
+@pytest.fixture
+def copy(peer: "Pipeline", tmp_path: Path) -> Path:
+    """A copy of the peer's folder, to be changed."""
+    return Path(shutil.copytree(peer.folder, tmp_path / "copy"))
 
 
 @pytest.fixture
