@@ -153,7 +153,7 @@ def read_merges(lines: Iterable[str]) -> list[tuple[str, str]]:
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     pair = merge.split() if isinstance(merge, str) else merge
-    if not isinstance(pair, Sequence) or len(pair) != 2:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise ModelError(f"a merge joins two tokens; found {merge!r}")
     return pair[0], pair[1]
 
