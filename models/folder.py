@@ -179,7 +179,7 @@ def _understood(read: Callable[[dict[str, Any], str], Config], file: Path) -> Co
         return read(read_json(file), str(file))
     except ModelError:
         raise
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, LookupError, RuntimeError) as error:
         raise ModelError(f"a setting in {file} has a value of a wrong kind ({error})") from error
 
 

@@ -374,6 +374,7 @@ class TestFolders:
             ("unet", {"in_channels": None}, "unet.* value of a wrong kind"),
             ("vae", {"layers_per_block": [1, 1]}, "vae.* value of a wrong kind"),
             ("vae", {"block_out_channels": []}, "vae.* value of a wrong kind"),
+            ("vae", {"block_out_channels": {}}, "vae.* value of a wrong kind"),
             ("vae", {"scaling_factor": None}, "vae.* value of a wrong kind"),
             ("text_encoder", {"num_hidden_layers": None}, "text_encoder.* value of a wrong kind"),
             ("text_encoder", {"vocab_size": -1}, "text_encoder.* value of a wrong kind"),
