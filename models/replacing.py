@@ -1,5 +1,6 @@
 """Writing a file beside its place and renaming it into it: there is never half a file."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write what takes the place of `path` when the block ends; if it fails, nothing is left of it.
 
     The folder is made if need be. An OSError that names no file, as a full disk's, is raised with this one's name.
+    Raises IsADirectoryError where a folder lies.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
