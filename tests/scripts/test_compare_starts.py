@@ -13,7 +13,7 @@ from PIL import Image
 import models
 from inversion import Concept, InversionError, Result
 from models.glide import GlideModel
-from models.latent import Sampling
+from models.unet_model import Sampling
 from tests.tiny import tiny_glide
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_starts.py"
