@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import os
-import time
 import types
 import typing
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def new_folder(output: Path | None, name: str, resume: str = "") -> Path:
 
     Raises InversionError if anything is there, or nothing can be written there.
     """
-    folder = output or Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    folder = output or Path("outputs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}"     # two may start in one second
     _require_writable(folder, "--output")
     if folder.exists() and any(folder.iterdir()):
         go_on = f", or, if it is an interrupted run, continue it with {resume}" if resume else ""

@@ -263,6 +263,10 @@ def test_a_folder_of_another_run_is_refused(script: ModuleType, config: Any) -> 
     assert [path.read_text() for path in config.output.iterdir()] == ["mine"]
 
 
+def test_runs_that_start_in_one_second_have_folders_of_their_own(script: ModuleType) -> None:
+    assert len({script.new_folder(None, "frida") for _ in range(5)}) == 5      # they take less than a second
+
+
 def test_a_place_that_cannot_be_written_is_refused(script: ModuleType, config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
