@@ -104,10 +104,13 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def _from_anywhere(value: Any) -> Any:
-    """A flag that means the same in every working folder: a path, or text that names one that is there, is absolute."""
+    """A flag that means the same in every working folder: a path, or text that names one that is there, is absolute.
+
+    A text without a slash is a word, or a model's name, unless it has a file's ending.
+    """
     if isinstance(value, str):
         word, file = word_and_file(value)
-        if os.sep in str(file) and file.exists():
+        if os.sep in str(file) and file.exists() or file.suffix and file.is_file():
             return str(file.absolute()) if word is None else f"{word}={file.absolute()}"
     return value.absolute() if isinstance(value, Path) else value
 

@@ -318,6 +318,12 @@ def test_a_run_is_resumed_from_another_folder(
     script.main(replace(config, samples=0, steps=2, **relative))
     monkeypatch.chdir(tmp_path)
     script.main(script.Config(resume=config.output))
+    monkeypatch.chdir(folder)
+    (folder / "mine.txt").write_text("a {} here")
+    named, output = {"templates": "mine.txt", "init": "<old>=old.safetensors"}, tmp_path / "named"
+    script.main(replace(config, samples=0, steps=2, **named, output=output))
+    monkeypatch.chdir(tmp_path)
+    script.main(script.Config(resume=output))
 
 
 def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_path: Path) -> None:
