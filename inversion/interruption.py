@@ -1,27 +1,30 @@
-"""Ctrl-C while something is written: it waits until that is whole."""
+"""Ctrl-C, or a system's wish that the process ends, while something is written: it waits until that is whole."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+WAITING = signal.SIGINT, signal.SIGTERM
 
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Within the block Ctrl-C does nothing; if it came, it is passed on at the end.
+    """Within the block neither signal does anything; if one came, it is passed on at the end.
 
     Only the main thread is ever interrupted, so in another nothing changes.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:     # or it is not Python's to know
+    before = {each: signal.getsignal(each) for each in WAITING}
+    if threading.current_thread() is not threading.main_thread() or None in before.values():    # not Python's to know
         yield
         return
-    came: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    came: list[int] = []
+    for each in WAITING:
+        signal.signal(each, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if came:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(came[0])

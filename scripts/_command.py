@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import io
+import signal
 import sys
 import typing
 import warnings
@@ -17,8 +18,9 @@ def run(main: Callable[..., None]) -> None:
 
     main: takes one dataclass, whose fields become the flags, or keyword arguments. The module's docstring
     and the dataclass's are the text of --help. Exit codes: 0; 2 after one sentence on stderr, for what the
-    four packages refuse and for files that cannot be read or written; 130 after Ctrl-C. A warning is one
-    sentence, too. A prompt in letters that a terminal or a log cannot hold is written in escapes, and ends nothing.
+    four packages refuse and for files that cannot be read or written; 130 after Ctrl-C, and after SIGTERM, which is
+    taken for one: a training saves what it has learned. A warning is one sentence, too. A prompt in letters that a
+    terminal or a log cannot hold is written in escapes, and ends nothing.
     """
     import tyro
 
@@ -34,6 +36,7 @@ def run(main: Callable[..., None]) -> None:
     _refuse_repeats(sys.argv[1:])
     config, description = _config(main)
     arguments = tyro.cli(config, description=description) if config else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(arguments) if config else tyro.cli(main, description=description)
     except (DiffusionError, GuidanceError, InversionError, ModelError) as error:
@@ -50,6 +53,7 @@ def run(main: Callable[..., None]) -> None:
             REFUSED,
         )
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second one finds nothing left to interrupt
         _stop("interrupted", INTERRUPTED)
 
 

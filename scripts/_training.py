@@ -185,3 +185,5 @@ def run_steps(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop:                                            # it came while the end was saved
+        raise KeyboardInterrupt

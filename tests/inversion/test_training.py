@@ -291,8 +291,11 @@ def test_after_ctrl_c_it_resumes_bit_for_bit(tmp_path: Path, new: Callable[[], A
     assert torch.equal(Concept.load(file).vectors, Concept.load(tmp_path / "whole.safetensors").vectors)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["first", "last"])
-def test_ctrl_c_while_the_state_is_written(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_the_state_is_written(
+    tmp_path: Path, when: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once, at a checkpoint or at the end: what is written is written whole, and then it is passed on."""
     whole, file, save = learn(Sum()), tmp_path / "x.safetensors", torch.save
     writes: list[int] = []
@@ -300,17 +303,17 @@ def test_ctrl_c_while_the_state_is_written(tmp_path: Path, when: str, monkeypatc
     def interrupted(content: Any, path: Path) -> None:
         writes.append(content["state"]["step"])
         if writes[-1] == {"first": 5, "last": 12}[when] and writes.count(writes[-1]) == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         save(content, path)
 
     monkeypatch.setattr(torch, "save", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # in the background it may be ignored
+    before = signal.signal(number, signal.default_int_handler)              # in the background it may be ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             learn(Sum(), replace(FAST, checkpoint_every=5), file=file)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "x.training.pt"]
     again = learn(Sum(), replace(FAST, checkpoint_every=5), file=file, resume=True)
     same(whole, again)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -55,6 +56,34 @@ def refused(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 def test_fields_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started(monkeypatch, "--count", "3", "--words", "a b", "c") == Config(3, ("a b", "c"))
     assert started(monkeypatch) == Config()
+
+
+def test_a_system_that_ends_the_process_is_taken_for_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a training saves; and what is pressed again while it leaves breaks nothing."""
+    saved: list[str] = []
+
+    def main() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            saved.append("what it has")
+            raise
+
+    def leaves(code: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "exit", leaves)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            _command.run(main)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert (stopped.value.code, saved) == (130, ["what it has"])
 
 
 def test_no_memory_is_a_sentence_and_a_fault_is_not(

@@ -328,6 +328,25 @@ def test_a_signal_waits_for_the_end_of_its_step(
     assert same(vae / "vae.safetensors", tmp_path / "vae" / "vae.safetensors")
 
 
+def test_a_signal_while_the_end_is_saved_is_not_lost(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("train_vae")
+    save = module.Trainer.save
+
+    def interrupted(self: object, path: Path) -> None:
+        save(self, path)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(vae_config(data, tmp_path / "vae"))
+    assert not (tmp_path / "vae" / "vae.safetensors").exists()
+    module.main(vae_config(data, tmp_path / "vae", resume=True))
+    assert same(vae / "vae.safetensors", tmp_path / "vae" / "vae.safetensors")
+
+
 def test_a_training_that_explodes_stops_and_writes_nothing(data: Path, tmp_path: Path) -> None:
     with pytest.raises(models.ModelError, match="lower the learning rate"):
         script("train_vae").main(vae_config(data, tmp_path / "vae", steps=40, learning_rate=1e30))
