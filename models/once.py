@@ -1,8 +1,8 @@
-"""Backward passes by hand give a first derivative; of a second one they say that there is none.
+"""Backward passes by hand give a first derivative, and refuse to be differentiated again.
 
-torch's decorator of the same name leaves gaps: where dy needs no gradient, it gives constants, and otherwise its error
-stands aside of every way back to an input, where `torch.autograd.grad` passes it by. What else a second derivative is
-made of was then summed without these parts, and nothing was said.
+torch's decorator of the same name leaves two gaps. Where dy needs no gradient, what it returns counts as constant.
+Where dy does, its error waits on a path that leads to no input, and `torch.autograd.grad` walks only the paths to the
+inputs that it is asked for. A second derivative was then the sum of all other parts, and nothing was said.
 """
 
 import functools
