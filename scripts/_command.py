@@ -35,10 +35,9 @@ def run(main: Callable[..., None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     _refuse_repeats(sys.argv[1:])
     config, description = _config(main)
-    arguments = tyro.cli(config, description=description) if config else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(arguments) if config else tyro.cli(main, description=description)
+        main(tyro.cli(config, description=description)) if config else tyro.cli(main, description=description)
     except (DiffusionError, GuidanceError, InversionError, ModelError) as error:
         _stop(str(error), REFUSED)
     except OSError as error:

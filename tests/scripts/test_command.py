@@ -86,6 +86,23 @@ def test_a_system_that_ends_the_process_is_taken_for_ctrl_c(monkeypatch: pytest.
     assert (stopped.value.code, saved) == (130, ["what it has"])
 
 
+def test_a_help_that_nobody_reads_to_its_end_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")        # as `| head` leaves it
+
+    def main(config: Config) -> None:
+        pytest.fail("it began")
+
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as stopped:
+        _command.run(main)
+    assert (stopped.value.code, capsys.readouterr().err) == (2, "Broken pipe\n")
+
+
 def test_no_memory_is_a_sentence_and_a_fault_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
