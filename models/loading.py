@@ -64,7 +64,7 @@ def load(
     guided-diffusion's files, base.pt for example; or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
     dtype: None for the file's own (float16 becomes float32 on a CPU), "auto" for the fastest of the device.
     device: None for the GPU if there is one. prediction: "epsilon" or "v_prediction", over what the source
-    says; an SD 2.x single file does not say. variant: "fp16" for files named model.fp16.safetensors. checkpointing,
+    says; few SD 2.x single files say. variant: "fp16" for files named model.fp16.safetensors. checkpointing,
     attention, offload: how it runs, see `Setting`. config: what the tensors of a guided-diffusion UNet do not tell, if
     it is none of the published: see `models.class_shapes.OPEN`. upsampler: load it, too, where a model comes with one.
 

@@ -94,7 +94,7 @@ def resumed(folder: Path, config: Any, may_differ: Sequence[str] = ()) -> Any:
 def word_and_file(text: str) -> tuple[str | None, Path]:
     """What names a learned word on the command line: FILE, or WORD=FILE to choose among several or to rename one."""
     word, equals, file = text.partition("=")
-    return (word, Path(file)) if equals and not Path(text).exists() else (None, Path(text))
+    return (word, Path(file)) if equals and not os.path.exists(text) else (None, Path(text))
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -110,7 +110,7 @@ def _from_anywhere(value: Any) -> Any:
     """
     if isinstance(value, str):
         word, file = word_and_file(value)
-        if os.sep in str(file) and file.exists() or file.suffix and file.is_file():
+        if os.sep in str(file) and os.path.exists(file) or file.suffix and os.path.isfile(file):   # may be a long text
             return str(file.absolute()) if word is None else f"{word}={file.absolute()}"
     return value.absolute() if isinstance(value, Path) else value
 

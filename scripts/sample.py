@@ -62,7 +62,7 @@ class Config:
     """What leaves the device (on a CPU: memory) while it does not compute: text transformer and VAE, or the layers of
     the UNet, too."""
     prediction: str | None = None
-    """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
+    """epsilon or v_prediction, for single files of Stable Diffusion 2.x that do not say."""
     batch_size: int = 8
     """Images drawn at once."""
     output: Path | None = None

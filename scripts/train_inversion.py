@@ -74,7 +74,7 @@ class Config:
     variant: str | None = None
     """fp16, for the smaller files of a folder or hub id that has them."""
     prediction: str | None = None
-    """epsilon or v_prediction, for single files of Stable Diffusion 2.x, which do not say."""
+    """epsilon or v_prediction, for single files of Stable Diffusion 2.x that do not say."""
     checkpointing: Literal["none", "attention", "blocks"] | None = None
     """What is computed again instead of kept in memory; None is none, or what --memory-budget chooses, here and for the
     next two."""

@@ -263,6 +263,14 @@ def test_a_folder_of_another_run_is_refused(script: ModuleType, config: Any) -> 
     assert [path.read_text() for path in config.output.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("equals", ["", "="])
+def test_a_text_too_long_for_a_file_is_a_text(tmp_path: Path, equals: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    runs, start = importlib.import_module("_runs"), equals + "a large white dog. " * 20 + "a dog"
+    runs.write_json(tmp_path / "run.json", {"init": runs._from_anywhere(start)})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"init": start}
+
+
 def test_runs_that_start_in_one_second_have_folders_of_their_own(script: ModuleType) -> None:
     assert len({script.new_folder(None, "frida") for _ in range(5)}) == 5      # they take less than a second
 
