@@ -42,7 +42,7 @@ def generate(
     generator: inputs.Randomness = None,
     concepts: Sequence[inputs.Concept] = (),
     image: Tensor | None = None,
-    strength: float = 0.8,
+    strength: float | None = None,
     mask: Tensor | None = None,
     guidance: Gradient | None = None,
     batch_size: int = 8,
@@ -52,7 +52,8 @@ def generate(
 
     prompts     B of them; the same one several times gives as many images of it. For a model of classes their names or
                 numbers ("207"), for an unconditional one "".
-    negative    what guidance moves away from, one for all or one a prompt; None is the empty prompt.
+    negative    what guidance moves away from, one for all or one a prompt; None is the empty prompt. At a scale of 1
+                there is no moving away: a warning says so.
     steps       of the sampler, over the times that diffusers visits with it (`diffusion.default_levels`), or over
                 those of `diffusion.respaced` with models that were published with these (GLIDE).
     scale       null + scale · (conditional - null); at 1 and 0 the network reads one prompt, not two.
@@ -64,9 +65,9 @@ def generate(
                 it reads the words that a concept was initialised with.
     image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise; for an upsampler by
                 itself, the small image that it enlarges.
-    strength    with an image: above 0 and at most 1, the part of the steps that is taken.
+    strength    with an image to start from: above 0 and at most 1, the part of the steps that is taken; None is 0.8.
     mask        (H, W) or (B, 1, H, W), with an image as large as the result: 1 where it stays, exactly, and 0 where
-                it is drawn anew. For inpainting models; strength has no part in it.
+                it is drawn anew. For inpainting models; without a strength.
     guidance    a gradient to guide by besides: `guidance.classifier`, `clip_gradient`, or `gradient_of` a function of
                 one's own. It is of all prompts together: batch_size must not be smaller than their number. It comes
                 on top of the prompts' own guidance, whose scale 1 is off, as in GLIDE's notebook of CLIP.
@@ -93,7 +94,12 @@ def generate(
     levels, upsampler = levels_of(model, sampler, steps), model.upsampler
     image, kept, small, sides = inputs.pictures(model, image, mask, len(prompts), height, width)
     if image is not None:
-        levels = from_strength(levels, strength)
+        levels = from_strength(levels, 0.8 if strength is None else strength)
+    elif strength is not None:
+        raise GuidanceError(
+            f"a strength, {strength}, says how much of an image to start from goes, and here is none: leave it out, or "
+            "give an image without a mask"
+        )
     shape = model.x0_shape(*sides)
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
     chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, guidance)]

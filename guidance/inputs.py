@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +41,9 @@ def prompts(
         raise GuidanceError(f"{len(negatives)} negative prompts for {len(prompts)}: give one, or as many")
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise GuidanceError(f"a guidance scale is a finite number (1 is off), not {scale}")
+    if scale == 1 and any(negatives):
+        said = "a guidance scale of 1 is off, so the negative prompt does nothing: raise the scale"
+        warnings.warn(said, UserWarning, stacklevel=4)      # past `generate` and its no_grad
     return prompts, negatives
 
 

@@ -50,8 +50,8 @@ class Config:
     """Files of learned words that the prompts use; WORD=FILE gives one another name, or chooses among several."""
     image: Path | None = None
     """An image to start from, cropped to a square, instead of noise; with an upsampler, what it enlarges."""
-    strength: float = 0.8
-    """With --image, how much of the way to noise and back is gone: above 0, at most 1."""
+    strength: float | None = None
+    """With --image, how much of the way to noise and back is gone: above 0, at most 1; None is 0.8."""
     dtype: str | None = None
     """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
     device: str | None = None

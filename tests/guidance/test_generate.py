@@ -5,6 +5,7 @@ The network is the exact denoiser of N(number, deviation²) in every pixel, the 
 concept's vector holds the number that its placeholder stands for.
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,6 +96,7 @@ def expected_at_end(colour: float, sampler: str, steps: int, seed: int) -> Tenso
     return end.alpha_bar**0.5 * colour + (1 - end.alpha_bar) ** 0.5 * eps
 
 
+@pytest.mark.filterwarnings("ignore:a guidance scale of 1 is off")
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dpmpp_2m_karras"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -133,7 +135,7 @@ def test_what_is_not_said_is_as_the_model_likes_it() -> None:
 @pytest.mark.parametrize(("scale", "batch"), [(0.0, 2), (1.0, 2), (2.0, 4)])
 def test_the_half_that_does_not_count_is_not_asked(scale: float, batch: int) -> None:
     model = Model()
-    generate(model, ["0.1", "0.2"], negative="0", scale=scale, steps=3, generator=0)
+    generate(model, ["0.1", "0.2"], scale=scale, steps=3, generator=0)
     assert [size for _, size in model.asked] == [batch] * 3
 
 
@@ -293,11 +295,22 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
             "learned with other, but this model's text encoder, exact",
         ),
         ({"concepts": [Word("<a>", torch.zeros(1, 1))] * 2}, r"one placeholder \(<a>, <a>\)"),
+        ({"strength": 0.5}, "a strength, 0.5, says how much of an image to start from goes, and here is none"),
     ],
 )
 def test_refused(options: dict, sentence: str) -> None:
     with pytest.raises(GuidanceError, match=sentence):
         generate(Model(), **({"prompts": "0.1", "negative": "0", "steps": 2} | options))
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="scale of 1 is off, so the negative prompt does nothing") as warned:
+        generate(Model(), "0.1", negative="0", steps=2, scale=1.0)
+    assert warned[0].filename == __file__
+    for silent in ({"negative": "0"}, {"negative": "0", "scale": 0.0}, {"negative": "", "scale": 1.0}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(Model(), "0.1", steps=2, **silent)
 
 
 @pytest.mark.parametrize(
