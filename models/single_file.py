@@ -90,6 +90,8 @@ def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None)
     for part in _parts(model):
         tensors |= gather(part, dtype)
     tensors |= model.kept.get("single", {})
+    if model.prediction != "v_prediction":
+        tensors.pop(V_MARK, None)           # the caller of `load` knew better
     _refuse_what_is_lost(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     spec = next(word for word, prediction in MODELSPEC.items() if prediction == model.prediction)
     write_safetensors(path, tensors, {SPEC_KEYS[0]: spec})

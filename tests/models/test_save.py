@@ -292,6 +292,8 @@ class TestSingleFiles:
         assert (again.prediction, again.schedule) == (found.prediction, found.schedule)
         models.save(found, tmp_path / "folder")
         assert models.load(tmp_path / "folder").schedule["zero_terminal_snr"] is True
+        models.save(replace(found, prediction="epsilon"), tmp_path / "eps.safetensors", "single")
+        assert load_file(file).keys() | {"ztsnr"} == load_file(tmp_path / "eps.safetensors").keys()    # v_pred is gone
         found.schedule = dict(presets.SD_SCHEDULE)
         with pytest.raises(ModelError, match="cannot hold the noise schedule"):
             models.save(found, tmp_path / "other.safetensors", "single")
