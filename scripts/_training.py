@@ -137,6 +137,10 @@ def require_sense(config: Any) -> None:
         raise ModelError(f"--seed lies between 0 and {2**32 - 1}, {config.seed} does not")
     if not config.channel_mult or not all(mult > 0 for mult in config.channel_mult):
         raise ModelError(f"--channel-mult are numbers above 0, at least one, not {config.channel_mult}")
+    factors, attends = [2**i for i in range(len(config.channel_mult))], getattr(config, "attention_resolutions", ())
+    if not set(attends) <= set(factors):
+        known = ", ".join(map(str, factors))
+        raise ModelError(f"--attention-resolutions are among {known} with these --channel-mult, not {attends}")
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise ModelError(f"--learning-rate must be a number above 0, not {config.learning_rate}")
     if not 0 <= getattr(config, "caption_dropout", 0) <= 1:

@@ -384,6 +384,7 @@ def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path)
         ({"seed": -1}, "--seed must be at least 0"),
         ({"seed": 2**32}, "--seed lies between 0 and 4294967295"),
         ({"channel_mult": ()}, "--channel-mult are numbers above 0, at least one"),
+        ({"attention_resolutions": (2, 3)}, r"--attention-resolutions are among 1, 2 with .*, not \(2, 3\)"),
         ({"caption_dropout": 2.0}, "is a probability"),
         ({"text_heads": 7}, "cannot be divided among 7 heads"),
         ({"head_channels": 64}, "has 32 channels, no multiple of 64"),
@@ -395,7 +396,7 @@ def test_flags_that_make_no_sense_leave_nothing(
     with pytest.raises(models.ModelError, match=said):
         script("train_diffusion").main(diffusion_config(data, vae, tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()
-    if not flags.keys() & {"caption_dropout", "text_heads", "head_channels"}:
+    if not flags.keys() & {"attention_resolutions", "caption_dropout", "text_heads", "head_channels"}:
         with pytest.raises(models.ModelError, match=said):
             script("train_vae").main(vae_config(data, tmp_path / "run", **flags))
 
