@@ -27,7 +27,7 @@ from models.renaming import Layout, Stored, stored
 from models.replacing import replacing
 
 AT_ONCE = 256 * 2**20
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 SHOWN = 8
 STORED = object()      # no name: nobody else can ask for it
 
@@ -146,10 +146,9 @@ def choose_dtype(wanted: torch.dtype | str | None, found: torch.dtype, device: t
         return found
     if wanted is None:
         return torch.float32 if on_cpu and found == torch.float16 else found
-    named = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-    wanted = named.get(wanted, wanted)
-    if wanted not in FLOATS:
-        raise ModelError(f"{wanted!r} is no dtype to run a model in: use one of {', '.join(named)}, or 'auto'")
+    wanted = FLOATS.get(wanted, wanted)
+    if wanted not in FLOATS.values():
+        raise ModelError(f"{wanted!r} is no dtype to run a model in: use one of {', '.join(FLOATS)}, or 'auto'")
     if on_cpu and wanted == torch.float16:
         instead = "bfloat16, which this processor has" if cpu_has_bfloat16() else "float32"
         raise ModelError(f"float16 on a CPU runs hundreds of times slower than float32: use {instead}")
@@ -187,7 +186,9 @@ def _check(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
             for name in found
             if not expected[name].accepts(shapes[name])
         ],
-        "of another dtype": [f"{name} {tensors[name].dtype}" for name in found if tensors[name].dtype not in FLOATS],
+        f"of another dtype than {', '.join(FLOATS)}": [
+            f"{name} {tensors[name].dtype}" for name in found if tensors[name].dtype not in FLOATS.values()
+        ],
     }
     if any(problems.values()):
         said = "; ".join(f"{_listed(names)} {what}" for what, names in problems.items() if names)

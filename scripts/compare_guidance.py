@@ -29,6 +29,7 @@ from guidance import classifier, generate
 from inversion.report import comparison
 from models import ClassModel, ModelError
 from models.classifier import Classifier
+from models.replacing import replacing
 
 KINDS = {"classifier": "classifier guidance", "free": "classifier-free guidance"}
 PLAIN = {"classifier": 0.0, "free": 1.0}     # the scale at which a kind's guidance is off
@@ -132,7 +133,8 @@ def plot(file: Path, rows: list[Row], steps: str) -> None:
     trade.set(xlabel="diversity: distance of two drawings", ylabel="fidelity: judge agrees, %", title="the trade, by s")
     rise.set(xlabel="scale s", ylabel="judge agrees, %", title=steps)
     trade.legend(loc="lower left")
-    figure.savefig(file, dpi=150)
+    with replacing(file) as beside:
+        figure.savefig(beside, format="png", dpi=150)
 
 
 def loaded(config: Config) -> tuple[ClassModel, Classifier, Classifier]:
