@@ -56,7 +56,8 @@ class PixelModel(UNetModel):
     ) -> "GivenImages":
         """This model with images in its further input channels; the arguments are those of `beside`.
 
-        Raises ModelError for a small image that is not `factor` times smaller.
+        An inpainting network that is given no image keeps nothing. Raises ModelError for a small image that is not
+        `factor` times smaller.
         """
         small = None if small is None else ((small + 1) * 127.5).round() / 127.5 - 1           # as 8-bit pixels
         if small is not None and tuple(self.factor * side for side in small.shape[2:]) != tuple(size):
@@ -64,6 +65,8 @@ class PixelModel(UNetModel):
                 f"{self.source} enlarges {self.factor} times: a small image of {small.shape[3]}x{small.shape[2]} "
                 f"pixels is not that of {size[1]}x{size[0]}"
             )
+        if self.inpaints and image is None and small is not None:
+            image, mask = (small.new_zeros(len(small), channels, *size) for channels in (3, 1))
         return GivenImages(self, torch.cat(beside(size, small, image, mask), dim=1))
 
     def moments(self, images: Tensor) -> Tensor:

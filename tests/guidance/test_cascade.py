@@ -197,6 +197,16 @@ def test_masks_that_cannot_be(options: dict, said: str) -> None:
         generate(tiny_glide(inpaints=True), "a dog", steps=2, **options)
 
 
+def test_an_inpainting_cascade_without_a_mask_keeps_nothing() -> None:
+    """As with a mask of zeros, in which the image does not count; its upsampler by itself, too."""
+    upsampler = tiny_glide(1, factor=4, inpaints=True)
+    base = replace(tiny_glide(inpaints=True), upsampler=upsampler)
+    drawn = generate(base, "a dog", steps=2, generator=0)
+    nothing = generate(base, "a dog", steps=2, image=picture(64), mask=torch.zeros(64, 64), generator=0)
+    torch.testing.assert_close(drawn, nothing, rtol=0, atol=1e-5)    # float32: eps is made anew of x_0 where one keeps
+    assert generate(upsampler, "a dog", steps=2, image=picture(16)).shape == (1, 3, 64, 64)
+
+
 def test_a_cascade_refuses_an_image_that_it_cannot_reduce() -> None:
     base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     with pytest.raises(GuidanceError, match="a multiple of 4"):
