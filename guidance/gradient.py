@@ -24,10 +24,20 @@ Gradient = Callable[[Tensor, Level], Tensor]
 
 
 def with_gradient(denoise: Denoiser, gradient: Gradient) -> Denoiser:
-    """The denoiser's predictions with the gradient at the same x_t (B, C, H, W) as their guide."""
+    """The denoiser's predictions with the gradient at the same x_t (B, C, H, W) as their guide.
+
+    What it returns raises GuidanceError where the gradient is no tensor like x_t: others would be broadcast in silence.
+    """
 
     def guided(x_t: Tensor, level: Level) -> Prediction:
-        return replace(denoise(x_t, level), guide=gradient(x_t, level))
+        guide = gradient(x_t, level)
+        if not isinstance(guide, Tensor) or guide.shape != x_t.shape:
+            found = f"a tensor {tuple(guide.shape)}" if isinstance(guide, Tensor) else f"a {type(guide).__name__}"
+            raise GuidanceError(
+                f"a gradient to guide by is a tensor {tuple(x_t.shape)}, as what is drawn, not {found}: of a "
+                "log-probability guidance.gradient_of makes one"
+            )
+        return replace(denoise(x_t, level), guide=guide)
 
     return guided
 

@@ -49,8 +49,10 @@ def prompts(
 
 def require_kinds(guidance: Any, progress: Any) -> None:
     """Raise GuidanceError for what should be called and cannot be."""
-    if guidance is not None and not callable(guidance):
-        raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {guidance!r}")
+    network = hasattr(guidance, "classes") or hasattr(guidance, "similarity")     # which is callable, too
+    if guidance is not None and (network or not callable(guidance)):
+        found = f"a {type(guidance).__name__}" if network else repr(guidance)
+        raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {found}")
     if progress and progress is not True and not callable(progress):
         raise GuidanceError(f"progress is True, False, or a function of the steps done and in all, not {progress!r}")
 

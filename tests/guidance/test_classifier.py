@@ -222,3 +222,20 @@ def test_what_draws_is_no_classifier_and_the_reverse() -> None:
 def test_a_guide_that_throws_the_picture_out_of_its_range_is_an_error() -> None:
     with pytest.raises(GuidanceError, match="not finite.*smaller guidance scale"):
         generate(tiny_model(), ["dog"], steps=3, generator=0, guidance=lambda x, level: torch.full_like(x, 3e38))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "said"),
+    [
+        (lambda x, t: -(x**2).flatten(1).sum(dim=1), r"a tensor \(1,\): of a log-probability"),  # would be broadcast
+        (lambda x, t: None, "a NoneType"),                                                        # would be no guide
+    ],
+)
+def test_what_is_no_gradient_does_not_guide_in_silence(gradient: Callable, said: str) -> None:
+    with pytest.raises(GuidanceError, match=said):
+        generate(tiny_model(), "dog", steps=2, generator=0, guidance=gradient)
+
+
+def test_a_network_is_no_gradient() -> None:
+    with pytest.raises(GuidanceError, match=r"guidance\.classifier or the like, not a Classifier"):
+        generate(tiny_model(), "dog", steps=2, guidance=tiny_classifier())
