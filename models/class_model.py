@@ -90,6 +90,11 @@ class ClassModel(PixelModel):
             "the UNet's input channels and what stands in them": (unet.in_channels, 3 + 3 * (self.factor > 1)),
         }
         if self.upsampler is not None:
+            if self.factor > 1 or not getattr(self.upsampler, "factor", 1) > 1:
+                raise ModelError(
+                    f"{self.source}: the upsampler of a base model is one that enlarges, and {self.upsampler.source} "
+                    f"does not enlarge what {self.source} draws"
+                )
             pairs["the upsampler's resolution and what it should make of this model's"] = (
                 self.upsampler.resolution, self.upsampler.factor * self.resolution,
             )  # fmt: skip
