@@ -85,8 +85,10 @@ class GlideModel(PixelModel):
 
     @property
     def sampling(self) -> Sampling:
-        """What suits it when images are drawn: the numbers of OpenAI's notebooks."""
-        return Sampling("ddim", "fast27", 1.0, noise=0.997) if self.factor > 1 else Sampling("ddpm", "100", 3.0)
+        """What suits it when images are drawn: the numbers of OpenAI's notebooks, of which inpainting has its own."""
+        if self.factor > 1:
+            return Sampling("ddpm" if self.inpaints else "ddim", "fast27", 1.0, noise=0.997)
+        return Sampling("ddpm", "100", 5.0 if self.inpaints else 3.0)
 
     @property
     def width(self) -> int:

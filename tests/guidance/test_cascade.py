@@ -31,6 +31,15 @@ def test_the_base_draws_as_the_notebook_does() -> None:
         generate(model, "a dog", steps="many")
 
 
+def test_inpainting_is_drawn_as_its_own_notebook_does() -> None:
+    """text2im.ipynb and inpaint.ipynb of openai/glide-text2im at 69b5307 differ: the one upsampler is ancestral."""
+    found = [tiny_glide(factor=factor, inpaints=inpaints).sampling for inpaints in (False, True) for factor in (1, 4)]
+    assert found == [
+        ("ddpm", "100", 3.0, 1.0), ("ddim", "fast27", 1.0, 0.997),
+        ("ddpm", "100", 5.0, 1.0), ("ddpm", "fast27", 1.0, 0.997),
+    ]  # fmt: skip
+
+
 def test_the_variance_that_the_network_learned_is_used() -> None:
     def drawn(raw_variance: float) -> Tensor:
         model = tiny_glide()
