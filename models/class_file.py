@@ -76,6 +76,8 @@ def read_classifier(
         raise ModelError(
             f"{path} is {kind.words}, and {CLASSIFIER.words} is needed: what draws is loaded by models.load"
         )
+    if config is not None and not isinstance(config, ClassifierConfig):
+        raise ModelError(f"the config of a classifier is a ClassifierConfig, not {config!r}")
     form = described(path, CLASSIFIER_KEY, _understood_classifier)
     if form and config:
         raise ModelError(f"{path} is a file that describes itself: leave config out")

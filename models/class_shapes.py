@@ -68,6 +68,8 @@ def completed(known: dict[str, Any], said: Mapping[str, Any] | None, where: str)
     known: what `certain` found. said: `models.load`'s config. Returns attention, num_heads, head_channels, resolution,
     schedule (keyword arguments) and factor. Raises ModelError naming what is missing, and what cannot be said.
     """
+    if said and not isinstance(said, Mapping):
+        raise ModelError(f"config is {{name: value}} for {where}, not {said!r}")
     said = dict(said or {})
     wanted = {key: text for key, text in OPEN.items() if key != "factor" or known["in_channels"] > 3}
     allowed = {*wanted, "head_channels"}
@@ -81,10 +83,13 @@ def completed(known: dict[str, Any], said: Mapping[str, Any] | None, where: str)
         )
     if said["attention"] not in ("self", "self_legacy"):
         raise ModelError(f"{where}: attention is {said['attention']!r}, not {OPEN['attention']}")
-    for key in ("resolution", "factor"):
-        if not isinstance(said.get(key, 1), int) or said.get(key, 1) < 1:
-            raise ModelError(f"{where}: {key} is {said[key]!r}, not a whole number: {OPEN[key]}")
+    for key in ("resolution", "factor", "num_heads", "head_channels"):
+        unsaid = None if "head" in key else 1
+        if (value := said.get(key, unsaid)) != unsaid and (not isinstance(value, int) or value < 1):
+            raise ModelError(f"{where}: {key} is {value!r}, not a whole number: {OPEN.get(key, OPEN['num_heads'])}")
     schedule = said["schedule"]
+    if not isinstance(schedule, (str, Mapping)):
+        raise ModelError(f"{where}: schedule is {schedule!r}, not {OPEN['schedule']}")
     found = {key: said.get(key) for key in ("attention", "num_heads", "head_channels", "resolution")}
     return found | {
         "schedule": {"name": schedule} if isinstance(schedule, str) else dict(schedule), "factor": said.get("factor", 1)

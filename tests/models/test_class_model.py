@@ -194,12 +194,22 @@ class TestFiles:
             ({"resolution": "16"}, "resolution is '16', not a whole number"),
             ({"resolution": 0}, "resolution is 0, not a whole number"),
             ({"schedule": "bad"}, "no schedule 'bad'"),
+            ({"schedule": 5}, "schedule is 5, not 'linear'"),
             ({"num_heads": 2}, "not both"),
+            ({"head_channels": "16"}, "head_channels is '16', not a whole number"),
+            ({"head_channels": None, "num_heads": 2.0}, "num_heads is 2.0, not a whole number"),
         ],
     )
     def test_what_cannot_be_said(self, tmp_path: Path, more: dict, said: str) -> None:
         with pytest.raises(ModelError, match=said):
             models.load(bare(tiny_classes(), tmp_path / "x.pt"), config=SAID | more)
+
+    def test_what_is_no_config(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"config is \{name: value\} for .*, not \['self'\]"):
+            models.load(bare(tiny_classes(), tmp_path / "x.pt"), config=["self"])
+        torch.save(named_classifier().state_dict(), tmp_path / "y.pt")
+        with pytest.raises(ModelError, match="is a ClassifierConfig, not {'image_size': 16}"):
+            models.load_classifier(tmp_path / "y.pt", config={"image_size": 16})
 
     def test_what_is_published_is_not_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_classes()
