@@ -50,9 +50,11 @@ class Concept:
         """Start from the vectors of a word or a phrase.
 
         model: anything with `tokenizer.tokens_of(text)`, `tokenizer.is_word(text)` and `embedding(id) ->
-        (D,)`. n: how many vectors; None takes one a token. Raises InversionError if the placeholder is
-        already a word, the text has no tokens, or it has more than n.
+        (D,)`. n: how many vectors; None takes one a token. Raises InversionError if the model reads no text, the
+        placeholder is already a word, the text has no tokens, or it has more than n.
         """
+        if not hasattr(model.tokenizer, "tokens_of"):
+            raise InversionError(f"{model.source} is told classes and reads no words: take one that draws from text")
         require_new_word(model.tokenizer, placeholder)
         ids = model.tokenizer.tokens_of(text)
         if not ids:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inversion import Concept, InversionError
 from models import LatentModel
-from tests.tiny import tiny_model
+from tests.tiny import tiny_classes, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,11 @@ def test_a_shorter_phrase_is_cycled(model: LatentModel) -> None:
     concept = Concept.from_text(model, "<x>", "white dog", n=5)
     assert torch.equal(concept.vectors, rows(model, "white dog white dog white"))
     assert concept.metadata["init_rule"] == "2 tokens cycled to 5 vectors"
+
+
+def test_a_model_of_classes_has_no_words_to_start_from() -> None:
+    with pytest.raises(InversionError, match="is told classes and reads no words"):
+        Concept.from_text(tiny_classes(), "<x>", "dog")
 
 
 def test_a_longer_phrase_is_refused(model: LatentModel) -> None:
