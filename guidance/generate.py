@@ -12,6 +12,7 @@ noise of each ancestral step, in float32 on the CPU; then the same for an upsamp
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -100,6 +101,8 @@ def generate(
             f"a strength, {strength}, says how much of an image to start from goes, and here is none: leave it out, or "
             "give an image without a mask"
         )
+    if guidance is not None and sampler != "ddpm" and 0 < levels[0].alpha_bar < inputs.GUIDED_FROM:
+        warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)
     shape = model.x0_shape(*sides)
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
     chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, guidance)]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from guidance.errors import GuidanceError
 
+GUIDED_FROM = 1e-4      # alpha_bar: below it a guided score says more of the noise than of the image
+
 
 class Concept(Protocol):
     """A learned word: the `placeholder` that stands for it in prompts, and its `vectors` (n, D)."""
@@ -55,6 +57,15 @@ def require_kinds(guidance: Any, progress: Any) -> None:
         raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {found}")
     if progress and progress is not True and not callable(progress):
         raise GuidanceError(f"progress is True, False, or a function of the steps done and in all, not {progress!r}")
+
+
+def too_noisy(sampler: str, alpha_bar: float) -> str:
+    """What to say of a gradient that is added to the score at such a level: x_0 moves by so many times as much."""
+    return (
+        f"{sampler} adds the gradient to the score, and where it begins, at alpha_bar {alpha_bar:.1g}, that moves x_0 "
+        f"by {alpha_bar**-0.5:.0f} times the gradient: little of the image may be left; begin where there is less "
+        "noise, as steps='ddim25' does for a model of pixels, or draw with ddpm"
+    )
 
 
 def require_sizes(**sizes: Any) -> None:

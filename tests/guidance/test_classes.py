@@ -82,6 +82,7 @@ def judge_of(model: ClassModel) -> Classifier:
     return network
 
 
+@pytest.mark.filterwarnings("ignore:.* adds the gradient to the score")
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "euler_ancestral", "dpmpp_2m"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
 def test_a_classifier_guides_beside_the_model_s_own_guidance(sampler: str, scale: float) -> None:

@@ -1,5 +1,6 @@
 """A classifier's guidance: where all is Gaussian the guided distribution is known, and a wrong rule misses it."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -112,6 +113,7 @@ def test_the_gradient_is_that_of_the_class_s_log_probability() -> None:
     torch.testing.assert_close((gradient * direction).flatten(1).sum(dim=1), 2 * rise, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.* adds the gradient to the score")
 @pytest.mark.parametrize("make", [tiny_model, tiny_glide])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler_ancestral", "dpmpp_2m"])
 def test_it_guides_every_family_and_every_sampler(make: Callable, sampler: str) -> None:
@@ -131,6 +133,19 @@ def test_it_guides_every_family_and_every_sampler(make: Callable, sampler: str) 
         return seen[-1].mean()
 
     assert probability(20.0) > probability(1e-6)
+
+
+def test_a_score_guided_where_next_to_nothing_is_image_is_warned_of() -> None:
+    """The cosine schedule's alpha_bar at time 999 is 2.4e-9 (Nichol & Dhariwal 2021, equation 17)."""
+    options = {"guidance": gradient_of(lambda x, t: x.flatten(1).sum(dim=1), 1.0), "generator": 0}
+    with pytest.warns(UserWarning, match="euler adds the gradient .*alpha_bar 2e-09, .* 20291 times") as caught:
+        generate(tiny_glide(), "a dog", sampler="euler", steps=2, **options)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(tiny_glide(), "a dog", sampler="ddim", steps="ddim25", **options)
+        generate(tiny_glide(), "a dog", sampler="ddpm", steps=2, **options)
+        generate(tiny_model(), "a dog", sampler="ddim", steps=2, **options)        # Stable Diffusion's least is 5e-3
 
 
 @pytest.mark.parametrize(
