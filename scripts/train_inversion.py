@@ -221,8 +221,9 @@ def plain_name(config: Config) -> str:
 
 
 def slug(config: Config) -> str:
-    """The concept's name as a file's."""
-    return re.sub(r"\W+", "-", plain_name(config).lower()).strip("-") or "concept"
+    """The concept's name as a file's, of at most 200 bytes: with an ending a file's name may have 255."""
+    name = re.sub(r"\W+", "-", plain_name(config).lower()).strip("-")
+    return name.encode()[:200].decode(errors="ignore") or "concept"
 
 
 @contextmanager

@@ -275,6 +275,15 @@ def test_runs_that_start_in_one_second_have_folders_of_their_own(script: ModuleT
     assert len({script.new_folder(None, "frida") for _ in range(5)}) == 5      # they take less than a second
 
 
+def test_a_name_longer_than_a_file_s_is_cut(script: ModuleType, config: Any) -> None:
+    with pytest.warns(UserWarning, match="cut off"):        # as words it is longer than a prompt, too
+        script.main(replace(config, name="ένα μεγάλο άσπρο σκυλί " * 12, steps=1, samples=0))
+    files = sorted(file.name for file in config.output.iterdir())
+    assert len(files) == 5, "a concept, its state, and what every run has"
+    assert files[-1].startswith("ένα-μεγάλο")
+    assert files[-1].endswith(".training.pt")
+
+
 def test_a_place_that_cannot_be_written_is_refused(script: ModuleType, config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
