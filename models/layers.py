@@ -154,8 +154,10 @@ def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
 
 
 def trains(layer: nn.Module) -> bool:
-    """Whether the layer's own weights learn: then it does what autograd itself would."""
-    return any(weight.requires_grad for weight in layer.parameters(recurse=False))
+    """Whether the layer's weights learn, or are made of what does (a parametrization, a network of weights): then it
+    does what autograd itself would.
+    """
+    return any(weight is not None and weight.requires_grad for weight in (layer.weight, layer.bias))
 
 
 def plus(branch: Tensor, x: Tensor) -> Tensor:

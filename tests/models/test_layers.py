@@ -1,14 +1,29 @@
 """Closed forms of the small parts."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from models import layers
 from models import unet as unet_module
-from models.layers import Condition, Conv2d, Upsample, conv_plus, plus, timestep_embedding, zero
+from models.layers import (
+    Condition,
+    Conv2d,
+    GroupNorm,
+    Linear,
+    NormSiLU,
+    Upsample,
+    conv3x3,
+    conv_plus,
+    plus,
+    timestep_embedding,
+    zero,
+)  # fmt: skip
 from models.unet import ResBlock
 from models.vae import Downsample, VAEConfig
 
@@ -100,3 +115,35 @@ def test_a_shortcut_may_be_replaced() -> None:
     wanted = block(x, cond)
     block.skip_connection = torch.nn.Sequential(block.skip_connection)
     assert torch.equal(block(x, cond), wanted)
+
+
+class Plus(nn.Module):
+    """What learns, added to a frozen weight (a LoRA's sum, without its product)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.learned
+
+
+@pytest.mark.parametrize("make", [
+    lambda: conv3x3(8, 8), lambda: GroupNorm(2, 8), lambda: NormSiLU(2, 8), lambda: Upsample(8),
+    lambda: ResBlock(8, 8, 6, 2), lambda: Linear(8, 8),
+])  # fmt: skip
+def test_a_frozen_weight_with_something_learned_added_to_it_learns(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network, x = make().double(), torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    more = [Condition(torch.randn(2, 6, dtype=torch.float64), None)] if isinstance(network, ResBlock) else []
+    layers = [layer for layer in network.modules() if getattr(layer, "weight", None) is not None]
+    for layer in layers:
+        nn.init.normal_(layer.weight)
+    y = network(x, *more)
+    dy = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, [layer.weight for layer in layers], dy)
+    network.requires_grad_(False)
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", Plus(layer.weight))
+    found = torch.autograd.grad(network(x, *more), [layer.parametrizations.weight[0].learned for layer in layers], dy)
+    torch.testing.assert_close(found, wanted)
