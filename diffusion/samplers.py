@@ -185,6 +185,8 @@ def _adams_bashforth(past: Sequence[Tensor]) -> Tensor:
 
 
 def _check(levels: Sequence[Level]) -> None:
+    if not isinstance(levels, Sequence) or not all(isinstance(level, Level) for level in levels):
+        raise DiffusionError("a sampler goes over a list of levels, not of times: make it by Schedule.levels(times)")
     if len(levels) < 2:
         raise DiffusionError(f"sampling needs at least two levels, a start and an end, not {len(levels)}")
     for i, (level, lower) in enumerate(zip(levels, levels[1:])):

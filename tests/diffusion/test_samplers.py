@@ -287,6 +287,8 @@ def test_draws_do_not_depend_on_the_dtype_of_x() -> None:
     ("run", "sentence"),
     [
         (lambda: last(ddim(curved, noise(), [LAST])), "at least two levels"),
+        (lambda: last(ddim(curved, noise(), linspace(1000, 9))), r"make it by Schedule.levels\(times\)"),
+        (lambda: last(dpmpp_2m(curved, noise(), 20)), r"make it by Schedule.levels\(times\)"),
         (lambda: last(ddim(curved, noise(), SD.levels([0, 500]))), r"entry 1 \(time 500\) is not cleaner"),
         (lambda: last(dpmpp_2m(curved, noise(), SD.levels([500, 500, -1]))), "is not cleaner"),
         (lambda: last(ddim(curved, noise(), SD.levels([500, -1]), eta=1.5)), "not at 1.5"),
