@@ -20,7 +20,10 @@ from models.layers import (
     Linear,
     Pointwise,
     for_each,
+    fresh,
+    heard,
     map_of,
+    plain,
     plus,
     plus_linear,
     tokens_of,
@@ -63,6 +66,8 @@ class GEGLU(nn.Module):
         self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
+        if not plain(self.proj):
+            return geglu(self.proj(x))
         if fused_linear.is_worth_it(x):
             return fused_linear.linear_geglu(x, self.proj.weight, self.proj.bias)
         rows = self.rows(x)
@@ -87,6 +92,12 @@ class FeedForward(nn.Module):
 
     def added(self, x: Tensor, widened: Tensor) -> Tensor:                          # (B, N, C), (B, N, 4C)
         return plus_linear(x, self.net[2], widened)
+
+    def goes_in_parts(self, x: Tensor, norm: nn.LayerNorm) -> bool:
+        """Whether nothing is recorded on a CPU, and nobody is to see a part where there was a batch."""
+        widen, _, narrow = self.net
+        alone = type(widen) is GEGLU and not heard(widen) and all(map(plain, (widen.proj, narrow, norm)))
+        return alone and x.device.type == "cpu" and not records()
 
     def add_in_parts(self, x: Tensor, norm: nn.LayerNorm) -> None:
         """x += self(norm(x)) of a contiguous x, (B, N, C), where nothing is recorded.
@@ -130,7 +141,7 @@ class TransformerBlock(nn.Module):
         x = self.attn1.added(x, cond.run("attention", self, look, x))
         x = for_each(x, cond.context)
         x = self.attn2.added(x, cond.run("attention", self, read, x, cond.context))
-        if x.device.type == "cpu" and not records():
+        if self.ff.goes_in_parts(x, self.norm3):
             self.ff.add_in_parts(x, self.norm3)
             return x, None
         return x, cond.run("attention", self, think, x)
@@ -159,7 +170,7 @@ class ImageAttention(nn.Module):
             return attend(q, k, v, kind=cond.attention)                             # (B, h*w, C)
 
         out = cond.run(cond.checkpointing, self, look, x)
-        return plus(map_of(self.proj_out(out), x.shape[2]), x)
+        return plus(map_of(fresh(self.proj_out, out), x.shape[2]), x)
 
 
 class JointAttention(nn.Module):
@@ -188,7 +199,7 @@ class JointAttention(nn.Module):
 
         x = for_each(x, cond.context)
         out = cond.run(cond.checkpointing, self, look, x, cond.context)
-        return plus(map_of(self.proj_out(out), x.shape[2]), x)
+        return plus(map_of(fresh(self.proj_out, out), x.shape[2]), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -215,14 +226,17 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, cond: Condition) -> Tensor:                        # (B, C, h, w)
         *blocks, last = self.transformer_blocks
 
-        def transform(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        def transform(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
             tokens = self._tokens(self.proj_in, self.norm(x))                       # (B, h*w, C)
             inner = cond._replace(context=context)
             for block in blocks:
                 tokens = block(tokens, inner)
+            if type(last) is not TransformerBlock or heard(last):                   # it has to be called
+                return last(tokens, inner), None
             return last.all_but_the_last(tokens, inner)
 
-        tokens = last.last(*cond.run("blocks", self, transform, x, cond.context))
+        tokens, thought = cond.run("blocks", self, transform, x, cond.context)
+        tokens = tokens if thought is None else last.last(tokens, thought)
         return self._added(for_each(x, tokens), tokens)
 
     def _tokens(self, project: nn.Module, x: Tensor) -> Tensor:
@@ -232,6 +246,6 @@ class SpatialTransformer(nn.Module):
 
     def _added(self, x: Tensor, tokens: Tensor) -> Tensor:                          # (B, C, h, w), (B, h*w, C)
         project, height = self.proj_out, x.shape[-2]
-        if self.linear_proj or fused_linear.is_worth_it(tokens):
+        if self.linear_proj or plain(project) and fused_linear.is_worth_it(tokens):
             return map_of(plus_linear(tokens_of(x), project, tokens), height)
-        return plus(project(map_of(tokens, height)), x)
+        return plus(fresh(project, map_of(tokens, height)), x)

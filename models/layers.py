@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from models import bands, doubled, frozen, fused_linear
 from models.attend import AttentionKind
@@ -107,8 +108,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def norm_conv(norm: NormSiLU, conv: Conv2d, x: Tensor, in_place: bool = False) -> Tensor:
     """conv(norm(x)), of a 3x3 convolution. in_place: nobody needs x any more, which has the shape of the answer."""
-    if not goes_in_bands(conv, x):
-        return conv(norm(x))
+    if not (goes_in_bands(conv, x) and plain(norm)):
+        return fresh(conv, norm(x))
     affine, kernel = (norm.weight, norm.bias), (conv.weight, conv.bias)
     return bands.norm_silu_conv(x, affine, norm.num_groups, norm.eps, kernel, in_place)
 
@@ -118,24 +119,24 @@ def plus_conv(h: Tensor, conv: Conv2d, x: Tensor) -> Tensor:
     if goes_in_bands(conv, x):
         return bands.plus_pointwise(h, x, conv.weight, conv.bias)
     sides = tokens_of(h), tokens_of(x)
-    if fused_linear.is_worth_it(x) and all(side.is_contiguous() for side in sides):
+    if plain(conv) and fused_linear.is_worth_it(x) and all(side.is_contiguous() for side in sides):
         return map_of(plus_linear(sides[0], conv, sides[1]), x.shape[2])
     return plus(h, conv(x))
 
 
 def plus_linear(h: Tensor, layer: Linear | Conv2d, x: Tensor) -> Tensor:
     """h + layer(x), of tokens; a 1x1 convolution only where `fused_linear` says so."""
-    if fused_linear.is_worth_it(x):
+    if plain(layer) and fused_linear.is_worth_it(x):
         return fused_linear.linear_plus(h, x, layer.weight.flatten(1), layer.bias)
-    return plus(layer(x), h)
+    return plus(fresh(layer, x), h)
 
 
 def conv_plus(conv: Conv2d, x: Tensor, emb: Tensor) -> Tensor:
     """conv(x) + emb. x: (k b, C_in, h, w); emb: (b, C, 1, 1), k times over. One emb for all images, which needs no
     gradient, is added to the bias.
     """
-    if len(emb) != 1 or records() or trains(conv):
-        return plus(conv(x), for_each(emb, x))
+    if len(emb) != 1 or records() or not plain(conv) or trains(conv):
+        return plus(fresh(conv, x), for_each(emb, x))
     return frozen.conv2d(x, conv.weight, conv.bias + emb.flatten(), conv.stride, conv.padding)
 
 
@@ -143,14 +144,33 @@ def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:
     """conv(twice(x)), of a 3x3 convolution."""
     if goes_in_bands(conv, x):
         return bands.doubled_conv(x, conv.weight, conv.bias)
-    if not trains(conv) and doubled.is_worth_it(x, conv.weight):
+    if plain(conv) and not trains(conv) and doubled.is_worth_it(x, conv.weight):
         return doubled.doubled_conv(x, conv.weight, conv.bias)
-    return conv(twice(x))
+    return fresh(conv, twice(x))
 
 
 def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
     """Whether a frozen layer is asked for a large map where no gradient is wanted."""
-    return bands.is_large(x) and not (trains(conv) or records())
+    return bands.is_large(x) and plain(conv) and not (trains(conv) or records())
+
+
+def heard(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward: it has hooks, or a forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether the layer is one of those here and nothing more, so that its weights may be used without calling it.
+
+    Not one that is wrapped or derived (a LoRA), and not one that is heard: it has to be called.
+    """
+    return type(layer) in (Conv2d, Linear, Pointwise, GroupNorm, NormSiLU, nn.LayerNorm) and not heard(layer)
+
+
+def fresh(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), into which may be written: a copy, where a hook or somebody's own layer may have kept it."""
+    return layer(x) if plain(layer) else layer(x).clone()
 
 
 def trains(layer: nn.Module) -> bool:

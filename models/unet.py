@@ -33,6 +33,7 @@ from models.layers import (
     conv_plus,
     doubled_conv,
     for_each,
+    fresh,
     half,
     plus,
     plus_conv,
@@ -135,13 +136,13 @@ class ResBlock(nn.Module):
             doubles = self.resample is twice
             if not (doubles or self.scale_shift):
                 return norm(conv_plus(first_conv, self.resample(h), emb))
-            h = doubled_conv(first_conv, h) if doubles else first_conv(self.resample(h))
+            h = doubled_conv(first_conv, h) if doubles else fresh(first_conv, self.resample(h))
             emb = for_each(emb, h)                                                             # (B, C_out (· 2), 1, 1)
             return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
 
         first_norm, _, first_conv = self.in_layers
         norm, _, _, conv = self.out_layers
-        h = conv(cond.run("blocks", self, before_the_last, x, cond.emb))
+        h = fresh(conv, cond.run("blocks", self, before_the_last, x, cond.emb))
         if type(self.skip_connection) is Conv2d:
             return plus_conv(h, self.skip_connection, self.resample(x))
         return plus(h, self.skip_connection(self.resample(x)))

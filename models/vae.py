@@ -17,7 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attend import attend, by_head
-from models.layers import Conv2d, GroupNorm, NormSiLU, Upsample, conv3x3, map_of, norm_conv, plus, plus_conv, tokens_of
+from models.layers import (
+    Conv2d,
+    GroupNorm,
+    NormSiLU,
+    Upsample,
+    conv3x3,
+    fresh,
+    map_of,
+    norm_conv,
+    plus,
+    plus_conv,
+    tokens_of,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (by_head(tokens_of(layer(y)), 1) for layer in (self.q, self.k, self.v))      # (B, h*w, 1, C)
-        return plus(self.proj_out(map_of(attend(q, k, v), x.shape[2])), x)
+        return plus(fresh(self.proj_out, map_of(attend(q, k, v), x.shape[2])), x)
 
 
 class Downsample(nn.Module):

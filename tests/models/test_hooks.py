@@ -1,0 +1,108 @@
+"""Hooks, and layers of the reader's own in place of ours: none is passed by, and what a hook has kept stays."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import bands, fused_linear
+from models.attention import TransformerBlock
+from models.layers import Conv2d, Linear, Pointwise
+from tests.tiny import tiny_classes, tiny_glide, tiny_model
+
+LEAVES = nn.Conv2d, nn.Conv1d, nn.Linear, nn.GroupNorm, nn.LayerNorm
+NETWORKS = {"latent": lambda: tiny_model().unet, "glide": lambda: tiny_glide().unet,
+            "classes": lambda: tiny_classes().unet, "vae": lambda: tiny_model().vae}  # fmt: skip
+
+
+@pytest.fixture(params=[(name, dtype) for name in NETWORKS for dtype in (torch.float32, torch.bfloat16)], ids=str)
+def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """With every shortcut taken where it can be."""
+    monkeypatch.setattr(bands, "is_large", lambda x: True)
+    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported)
+    name, dtype = request.param
+    return NETWORKS[name]().to(dtype)
+
+
+def answer(network: nn.Module, images: int, recorded: bool) -> Tensor:
+    """To the same input for the same number of images."""
+    numbers = torch.Generator().manual_seed(0)
+    config, dtype = network.config, next(network.parameters()).dtype
+    x = torch.randn(images, config.in_channels, 8, 8, generator=numbers).to(dtype).requires_grad_(recorded)
+    with torch.set_grad_enabled(recorded):
+        if hasattr(network, "decode"):
+            return network.decode(network.encode(x)[:, : config.latent_channels])
+        context = torch.randn(images, 24, 32, generator=numbers).to(dtype)
+        pooled = None if config.attention == "transformer" else torch.randn(images, 128, generator=numbers).to(dtype)
+        return network(x, torch.full((images,), 500), context if config.context_dim else None, pooled)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_hook_sees_each_layer_once_and_may_keep_what_it_saw(
+    network: nn.Module, images: int, recorded: bool
+) -> None:
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+    for module in network.modules():
+        if isinstance(module, (*LEAVES, TransformerBlock)):
+            module.register_forward_hook(lambda module, _, y: seen.append((module, y, y.detach().clone())))
+    answer(network, images, recorded)
+    wanted = [module for module in network.modules() if isinstance(module, (*LEAVES, TransformerBlock))]
+    assert sorted(map(id, wanted)) == sorted(id(module) for module, _, _ in seen)
+    for module, y, as_it_was in seen:
+        assert len(y) == images, module
+        assert torch.equal(y, as_it_was), module
+
+
+def in_a_layer_around_it(layer: nn.Module) -> nn.Module:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return 2 * layer(*inputs)
+
+    return Twice()
+
+
+def derived(layer: nn.Module) -> nn.Module:
+    kind = type(layer)
+    layer.__class__ = type("Twice", (kind,), {"forward": lambda self, *inputs: 2 * kind.forward(self, *inputs)})
+    return layer
+
+
+def with_another_forward(layer: nn.Module) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda *inputs: 2 * forward(*inputs)
+    return layer
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda _, inputs, y: 2 * y)
+    return layer
+
+
+@pytest.mark.parametrize("change", [in_a_layer_around_it, derived, with_another_forward, hooked])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_layer_that_does_more_does_it_wherever_it_is(
+    network: nn.Module, images: int, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    """What it adds is the same as from weights that are twice as large, recorded or not."""
+    layers = {name: layer for name, layer in network.named_modules() if type(layer) in (Conv2d, Linear, Pointwise)}
+    assert layers
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    with torch.no_grad():
+        for layer in layers.values():
+            for weight in layer.parameters():
+                weight *= 2
+    wanted = answer(network, images, recorded=True)
+    network.load_state_dict(before)
+    for name, layer in layers.items():
+        *path, last = name.split(".")
+        setattr(network.get_submodule(".".join(path)), last, change(layer))
+    # twice is exact; one way and another are rounded differently, by up to 2^-24 or 2^-9 in each of some ten layers
+    near = (1e-5 if wanted.dtype == torch.float32 else 0.03) * wanted.abs().max().item()
+    for recorded in (False, True):
+        torch.testing.assert_close(answer(network, images, recorded), wanted, rtol=0, atol=near)
