@@ -20,7 +20,7 @@ from models.checkpointing import Checkpointing, checkpoint, records
 from models.errors import ModelError
 from models.group_norm import frozen_group_norm
 from models.processor import matrix_products_are_fast
-from models.streaming import Window
+from models.streaming import Window, require_unchanged, seen
 
 
 class Condition(NamedTuple):
@@ -44,12 +44,19 @@ class Condition(NamedTuple):
         """function(*inputs), a part of a module; as a checkpoint if that level is asked for.
 
         Even where there is no checkpoint, the function sees an alias of each input, which collects the gradients of its
-        uses: so they are added in the same order at every level, and are the same to the bit.
+        uses: so they are added in the same order at every level, and are the same to the bit. Raises RuntimeError in
+        the backward pass if the module has other weights by then, as after `torch.func.functional_call`.
         """
         inputs = [x.view_as(x) for x in inputs]
         if level == "none" or level != self.checkpointing:
             return function(*inputs)
-        return checkpoint(function, *inputs, weights=part_of.parameters())
+        first = seen(part_of)
+
+        def run(*inputs: Tensor) -> Any:
+            require_unchanged(first, part_of)
+            return function(*inputs)
+
+        return checkpoint(run, *inputs, weights=part_of.parameters())
 
 
 class Conv2d(nn.Conv2d):

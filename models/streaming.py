@@ -220,7 +220,11 @@ def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
 def require_unchanged(first: Sequence[Seen], module: nn.Module) -> None:
     """Raise RuntimeError unless they are: a second run, for the gradient, would not be that of the first."""
     if not unchanged(first, module):
-        raise RuntimeError("weights that wait were changed between a forward and its backward pass")
+        raise RuntimeError(
+            "weights were changed, or had others in their place, between a forward and its backward pass, which "
+            "computes with them once more: change nothing before the gradient is there, or load the model without "
+            "checkpointing and offload"
+        )
 
 
 def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -153,3 +153,20 @@ def test_a_level_that_there_is_not() -> None:
     model.checkpointing = "block"
     with pytest.raises(ModelError, match="checkpointing is one of none, attention, blocks; 'block' is none of them"):
         model.predict(numbers(1, 4, 8, 8), torch.tensor([5]), model.encode_text(model.tokenizer.encode(["a dog"])))
+
+
+@pytest.mark.parametrize("level", ["attention", "blocks"])
+def test_weights_that_are_others_by_the_backward_pass_are_an_error(level: str) -> None:
+    """Without checkpoints autograd has kept those of the forward pass, or finds them changed."""
+    unet, x, context = tiny_model().unet, torch.ones(1, 4, 8, 8, requires_grad=True), torch.ones(1, 24, 32)
+    given = x, torch.tensor([500]), context
+    others = {name: 2 * weight for name, weight in unet.state_dict().items()}
+    y = torch.func.functional_call(unet, others, given, {"checkpointing": level})
+    with pytest.raises(RuntimeError, match="others in their place"):
+        y.sum().backward()
+    y = unet(*given, checkpointing=level)
+    with torch.no_grad():
+        unet.middle_block[1].transformer_blocks[0].attn2.to_k.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="weights were changed"):
+        y.sum().backward()
+    unet(*given, checkpointing=level).sum().backward()
