@@ -83,7 +83,9 @@ class _Checkpoint(torch.autograd.Function):
         sources = [x for x, need in zip((*inputs, *saved[n:]), needed) if need]
         with ctx.turn:
             with ctx.again(), torch.enable_grad():
-                outputs = ctx.function(*inputs)
+                # autocast casts a leaf once for all uses, and so sums their gradients in 16 bits: none is made one
+                seen = (x if x is None or was.is_leaf else x.view_as(x) for x, was in zip(inputs, saved))
+                outputs = ctx.function(*seen)
             outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
             known = [(y, dy) for y, dy in zip(outputs, gradients) if dy is not None and y.requires_grad]
             if not known:

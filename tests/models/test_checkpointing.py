@@ -82,6 +82,18 @@ def test_autocast_is_that_of_the_first_time() -> None:
     assert torch.equal(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0])   # outside of the context
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_under_autocast_the_gradients_of_several_uses_are_added_as_without_it(leaf: bool) -> None:
+    first, second, x = nn.Linear(32, 32), nn.Linear(32, 32), numbers(7, 32).requires_grad_()
+    both = lambda x: first(x).float().sin() * second(x).float()  # noqa: E731
+    found = []
+    for run in (both, lambda x: checkpoint(both, x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x if leaf else x * 1)
+        found += torch.autograd.grad(y.sum(), x)
+    assert torch.equal(*found)
+
+
 def test_several_outputs_of_which_some_are_used() -> None:
     def three(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x.sin() * c, (c * c).detach(), x.cos()
