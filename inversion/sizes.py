@@ -26,7 +26,10 @@ def parsed(text: str) -> int:
 
 
 def size(count: int) -> str:
-    """Bytes as text: KiB below one MiB, MiB below one GiB, GiB from there on."""
-    if count < 2**20:
-        return f"{count / 2**10:.0f} KiB"
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+    """Bytes as text: KiB below one MiB, MiB below one GiB, hundredths of a GiB from there on; rounded up, so that what
+    is needed fits into what was read here and is given as a budget.
+    """
+    kib, mib, hundredths = (-(-count * parts // unit) for parts, unit in ((1, 2**10), (1, 2**20), (100, 2**30)))
+    if kib < 2**10:
+        return f"{kib} KiB"
+    return f"{mib} MiB" if mib < 2**10 else f"{hundredths // 100}.{hundredths % 100:02} GiB"

@@ -289,6 +289,12 @@ def test_sizes_are_written() -> None:
     assert [size(n) for n in (0, 800 * 2**20, GIB, 3 * GIB // 2)] == ["0 KiB", "800 MiB", "1.00 GiB", "1.50 GiB"]
 
 
+@pytest.mark.parametrize("count", [1, 1025, 2**20 - 1, 17 * 2**20 + 1, 1023 * 2**20 + 1, GIB + 1, 2_546_000_001])
+def test_what_is_needed_fits_into_a_budget_of_what_was_written(count: int) -> None:
+    assert 0 <= parsed(size(count)) - count < max(2**20, GIB // 100)
+    assert size(parsed(size(count))) == size(count)
+
+
 # --- what is known without weights
 
 
