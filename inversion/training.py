@@ -127,8 +127,9 @@ class Training:
     def _advance(self) -> StepReport:
         started, state, rate = time.perf_counter(), self.state, self.config.rate(self.state.step)
         loss, gradient = self._gradient(state)
-        finite = bool(torch.isfinite(gradient).all()) and math.isfinite(loss)
-        clipped = gradient * min(1.0, self.config.clip_norm / max(gradient.norm().item(), 1e-12))
+        norm = gradient.norm().item()                     # not finite, too, of numbers beyond 1e19
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        clipped = gradient * min(1.0, self.config.clip_norm / max(norm, 1e-12))
         moved = state.updated(clipped, rate, loss) if finite else state
         finite = finite and bool(torch.isfinite(moved.vectors).all())     # a rate can be too large for float32
         state = moved if finite else state.passed_over()

@@ -1,6 +1,7 @@
 """The trainer on a tiny random model, and on one so simple that its gradient is known in closed form."""
 
 import hashlib
+import math
 import signal
 import subprocess
 import sys
@@ -500,13 +501,17 @@ def test_a_non_finite_step_is_passed_over_and_counted() -> None:
     assert result.history[1]["loss"] == reports[0].loss  # of steps 1 to 3 only the first counts
 
 
-def test_a_step_whose_gradient_is_not_finite_is_passed_over() -> None:
+@pytest.mark.parametrize("slope", [float("inf"), 1e30])
+def test_a_step_whose_gradient_is_not_finite_is_passed_over(slope: float) -> None:
+    """Or has no finite norm: clipped, it would be nothing, and count as an update."""
     model = Sum()
 
     def steep(x_t: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
         model.calls += 1
         s = features.context.sum((1, 2))[:, None, None, None]
-        edge = (0 * s).sqrt() if model.calls == 4 else 0  # 0, of infinite slope
+        edge = 0
+        if model.calls == 4:
+            edge = (0 * s).sqrt() if math.isinf(slope) else slope * (s - s.detach())  # 0, of that slope
         return (s + edge).expand_as(x_t)
 
     model.predict = steep
