@@ -86,6 +86,7 @@ class _SlicedAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v), (need_q, need_k, need_v, *_) = ctx.saved_tensors, ctx.needs_input_grad
         scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+        d_out = d_out.to(q.dtype)                                       # another one if autocast made the output
         dq, dk, dv = (empty_tokens(x) if need else None for x, need in zip((q, k, v), ctx.needs_input_grad))
         memory = [_slice(q, k, ctx.heads, ctx.rows, dtype) for dtype in (_scores(q), q.dtype, q.dtype)]
         memory.append(memory[0] if memory[0].dtype == q.dtype else torch.empty_like(memory[1]))

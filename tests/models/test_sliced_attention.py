@@ -115,6 +115,18 @@ def test_memory_is_bounded_by_a_slice() -> None:
     assert max(made) == q.untyped_storage().nbytes() < 4 * 64 * 48          # less than the scores of a single head
 
 
+@pytest.mark.parametrize("fused_forward", [False, True])
+def test_autocast_around_float32_changes_no_gradient_s_dtype(fused_forward: bool) -> None:
+    """torch's kernel answers in bfloat16 there, and so does what comes back."""
+    q, k, v, g = inputs(33, 17, torch.float32)
+    wanted = torch.autograd.grad(plain(q, k, v, False), (q, k, v), g)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sliced_attention(q, k, v, fused_forward=fused_forward)
+    for found, exact in zip(torch.autograd.grad(out, (q, k, v), g.to(out.dtype)), wanted):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, rtol=0, atol=3e-2)         # a handful of bfloat16 roundings, as above
+
+
 def test_a_slice_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one query row, not 0"):
         sliced_attention(*inputs(3, 3, torch.float32)[:3], rows=0)
