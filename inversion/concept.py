@@ -68,7 +68,8 @@ class Concept:
             )
         count = len(ids) if n is None else n
         vectors = torch.stack([model.embedding(ids[i % len(ids)]) for i in range(count)])  # (n, D)
-        rule = "one vector a token" if count == len(ids) else f"{len(ids)} tokens cycled to {count} vectors"
+        tokens = f"{len(ids)} token{'s' * (len(ids) > 1)}"
+        rule = "one vector a token" if count == len(ids) else f"{tokens} cycled to {count} vectors"
         metadata = {"init": text, "init_rule": rule, "family": model.family, "source": model.source}
         return cls(placeholder, vectors.detach().float().cpu(), metadata)
 

@@ -61,6 +61,7 @@ class Training:
     Raises InversionError for a concept, images or templates that cannot work, ModelError for a size of image.
     """
 
+    @torch.inference_mode(False)                        # where nothing could have a gradient, here and below
     def __init__(
         self, model: Any, concept: Concept, images: Tensor, templates: Sequence[Sequence[str]],
         config: TrainConfig = DEFAULTS, keep_encoder: bool = False,
@@ -124,6 +125,7 @@ class Training:
         """Continue from a file of `save`. Raises InversionError for another run's, and for a damaged one."""
         self.state = State.load(path, self._run(), self.concept.vectors.shape)
 
+    @torch.inference_mode(False)
     def _advance(self) -> StepReport:
         started, state, rate = time.perf_counter(), self.state, self.config.rate(self.state.step)
         loss, gradient = self._gradient(state)

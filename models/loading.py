@@ -42,6 +42,7 @@ EMBEDDED = {
 Model = LatentModel | GlideModel | ClassModel
 
 
+@torch.inference_mode(False)                            # the model may be learned with elsewhere
 def load(
     source: str | Path,
     dtype: torch.dtype | str | None = None,

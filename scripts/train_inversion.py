@@ -149,7 +149,7 @@ def main(config: Config) -> None:
     size = model.resolution if config.resolution is None else config.resolution
     model.x0_shape(size, size)
     start, images = starting_concept(config, model, recipe.vectors), read_images(files, size)
-    templates = inversion.read_templates(config.templates or recipe.templates)
+    templates = inversion.read_templates(recipe.templates if config.templates is None else config.templates)
     prompts = inversion.templates_for(files, templates, config.token)
     inversion.check_prompts(model.tokenizer, start, prompts)
 
