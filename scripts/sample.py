@@ -8,6 +8,7 @@ Each image is a PNG named after its prompt and its seed; several also come toget
 
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,10 +18,12 @@ from _command import run
 from _runs import new_folder, word_and_file
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 import models
 from guidance import GuidanceError, generate
 from guidance.chain import Model
+from guidance.inputs import batches
 from inversion.concept import Concept
 from inversion.images import read_images
 from models.replacing import replacing
@@ -97,39 +100,46 @@ def write_png(path: Path, image: Tensor) -> None:
         Image.fromarray(pixels.numpy()).save(beside, format="PNG")
 
 
-def draw(config: Config) -> Tensor:
-    """`count` images a prompt, prompt after prompt: (B, 3, size, size)."""
+def draw(config: Config) -> Iterator[Tensor]:
+    """`count` images a prompt, prompt after prompt, a batch as soon as it is drawn: (b, 3, size, size)."""
     model = models.load(
         config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant,
         offload=config.offload, checkpointing="blocks" if config.offload == "stream" else "none",
     )  # fmt: skip
     size = model.resolution if config.size is None else config.size
-    return generate(
-        model,
-        [prompt for prompt in config.prompt for _ in range(config.count)],
-        negative=config.negative, steps=config.steps, scale=config.scale, sampler=config.sampler,
-        height=size, width=size, batch_size=config.batch_size, progress=True,
-        generator=[config.seed + i for i in range(config.count)] * len(config.prompt),
-        concepts=read_concepts(config.concept, model, (*config.prompt, config.negative)),
-        image=read_images([config.image], size // model.factor) if config.image else None,
-        strength=config.strength,
-    )  # fmt: skip
+    prompts = [prompt for prompt in config.prompt for _ in range(config.count)]
+    seeds = [config.seed + i for i in range(config.count)] * len(config.prompt)
+    parts = batches(len(prompts), config.batch_size)
+    concepts = read_concepts(config.concept, model, (*config.prompt, config.negative))
+    image = read_images([config.image], size // model.factor) if config.image else None
+    with tqdm(desc="sampling", unit="step") as bar:
+
+        def step_done(_: int, of: int) -> None:
+            bar.total = len(parts) * of
+            bar.update()
+
+        for part in parts:
+            yield generate(
+                model, prompts[part], negative=config.negative, steps=config.steps, scale=config.scale,
+                sampler=config.sampler, height=size, width=size, generator=seeds[part], concepts=concepts, image=image,
+                strength=config.strength, batch_size=config.batch_size, progress=step_done,
+            )  # fmt: skip
 
 
 def main(config: Config) -> None:
-    """Draw, then write."""
+    """Draw, and write each picture when it is there."""
     output = new_folder(config.output, "samples")
     if config.count < 1:
         raise GuidanceError(f"--count is at least 1, not {config.count}")
-    images = draw(config)
-    output.mkdir(parents=True, exist_ok=True)
-    rows = images.split(config.count)
-    for i, (prompt, row) in enumerate(zip(config.prompt, rows)):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-        for seed, image in enumerate(row, config.seed):
-            write_png(output / f"{i:02d}-{name}-seed{seed}.png", image)
+    images: list[Tensor] = []
+    for image in (image for batch in draw(config) for image in batch):
+        i, j = divmod(len(images), config.count)
+        name = re.sub(r"[^a-z0-9]+", "-", config.prompt[i].lower()).strip("-")[:40]
+        write_png(output / f"{i:02d}-{name}-seed{config.seed + j}.png", image)
+        images.append(image)
     if len(images) > 1:
-        write_png(output / "sheet.png", torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))
+        rows = [torch.cat(images[i : i + config.count], dim=2) for i in range(0, len(images), config.count)]
+        write_png(output / "sheet.png", torch.cat(rows, dim=1))
     print(f"wrote {len(images)} image{'s' * (len(images) > 1)} to {output}")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 import models
 from diffusion import DiffusionError
@@ -90,7 +91,25 @@ def test_the_flags_draw_what_the_library_draws(folder: Path, script: ModuleType)
         image=read_images([start], 32), **flags,
     )  # fmt: skip
     assert wanted.shape == (2, 3, 32, 32)                                # the model's own would be 16 by 16
-    assert torch.equal(script.draw(given), wanted)
+    assert torch.equal(torch.cat(list(script.draw(given))), wanted)
+
+
+def test_what_was_drawn_before_an_interruption_is_there(
+    folder: Path, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = script.Config(PROMPTS[:1], str(folder / "model"), steps=2, count=3, batch_size=1, output=tmp_path / "out")
+    drawn = iter((*script.draw(config),))
+
+    def interrupted(*_: object, **__: object) -> Tensor:
+        if len(list(tmp_path.glob("out/*"))) == 2:
+            raise KeyboardInterrupt
+        return next(drawn)
+
+    monkeypatch.setattr(script, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(config)
+    names = [f"00-a-photo-of-a-dog-seed{seed}.png" for seed in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
 @pytest.mark.parametrize(("offload", "checkpointing"), [("none", "none"), ("idle", "none"), ("stream", "blocks")])
@@ -106,7 +125,7 @@ def test_the_model_is_loaded_as_the_flags_say(
     monkeypatch.setattr(models, "load", load)
     flags = {"model": "x", "dtype": "bfloat16", "device": "cpu", "prediction": "v_prediction", "variant": "fp16"}
     with pytest.raises(models.ModelError, match="stop"):
-        script.draw(script.Config(("a dog",), offload=offload, **flags))
+        next(script.draw(script.Config(("a dog",), offload=offload, **flags)))
     assert asked == flags | {"offload": offload, "checkpointing": checkpointing}
 
 
