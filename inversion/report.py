@@ -30,7 +30,8 @@ def loss_curve(file: Path, history: Sequence[dict[str, Any]], caption: tuple[str
     losses.plot(*zip(*trained), color="0.75", label="training (random draws)") if trained else None
     losses.plot(steps, [row["validation_loss"] for row in history], marker=".", label="validation (fixed)")
     if caption is not None:
-        losses.axhline(caption[1], color="tab:red", linestyle=":", label=f"validation, “{caption[0]}” as words")
+        words = textwrap.shorten(caption[0], 40, placeholder=" …")
+        losses.axhline(caption[1], color="tab:red", linestyle=":", label=f"validation, “{words}” as words")
     losses.set(xlabel="step", ylabel="loss", title="denoising loss")
     losses.legend()
     for key, style in (("norms", "-"), ("cosines", "--")):

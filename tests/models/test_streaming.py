@@ -321,7 +321,7 @@ def test_a_streamed_layer_is_not_trained_and_not_changed_before_its_gradient(pat
     for network in (model.unet.layers()[-1], model.text):
         out, _ = predicted(model)
         parameters_of(network)[-1].mul_(2)
-        with pytest.raises(RuntimeError, match="changed between a forward and its backward pass"):
+        with pytest.raises(RuntimeError, match="weights were changed, .* between a forward and its backward pass"):
             out.sum().backward()
     model.unet.requires_grad_()
     with pytest.raises(ModelError, match="get no gradient: load it without offload"):

@@ -276,8 +276,9 @@ def test_runs_that_start_in_one_second_have_folders_of_their_own(script: ModuleT
 
 
 def test_a_name_longer_than_a_file_s_is_cut(script: ModuleType, config: Any) -> None:
-    with pytest.warns(UserWarning, match="cut off"):        # as words it is longer than a prompt, too
+    with pytest.warns(UserWarning, match="cut off") as warned:      # as words it is longer than a prompt, too
         script.main(replace(config, name="ένα μεγάλο άσπρο σκυλί " * 12, steps=1, samples=0))
+    assert not any("collapsed" in str(warning.message) for warning in warned), "its picture has room for the curves"
     files = sorted(file.name for file in config.output.iterdir())
     assert len(files) == 5, "a concept, its state, and what every run has"
     assert files[-1].startswith("ένα-μεγάλο")
