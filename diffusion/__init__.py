@@ -16,6 +16,7 @@ from diffusion.samplers import (
     plms,
 )
 from diffusion.schedule import LAST, Level, Schedule
+from diffusion.steps import ddim_step, ddpm_step, dpmpp_2m_step
 from diffusion.times import default_levels, from_strength, karras, leading, linspace, respaced, trailing
 
 __all__ = [
@@ -28,9 +29,12 @@ __all__ = [
     "Schedule",
     "State",
     "ddim",
+    "ddim_step",
     "ddpm",
+    "ddpm_step",
     "default_levels",
     "dpmpp_2m",
+    "dpmpp_2m_step",
     "draw",
     "euler",
     "euler_ancestral",

@@ -19,9 +19,12 @@ from diffusion import (
     Prediction,
     Schedule,
     ddim,
+    ddim_step,
     ddpm,
+    ddpm_step,
     default_levels,
     dpmpp_2m,
+    dpmpp_2m_step,
     draw,
     euler,
     euler_ancestral,
@@ -32,7 +35,6 @@ from diffusion import (
     trailing,
 )
 from diffusion.posterior import posterior_variance
-from diffusion.steps import ddim_step, ddpm_step, dpmpp_2m_step
 
 _spec = importlib.util.spec_from_file_location("gaussian", Path(__file__).parent / "gaussian.py")
 gaussian = importlib.util.module_from_spec(_spec)
@@ -69,6 +71,21 @@ def test_order_of_convergence(sampler: object, order: int) -> None:
         errors.append((last(sampler(gaussian.denoiser(0.5), x, levels)) - expected).abs().max().item())
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.03  # what the next order leaves at 80 steps
     assert errors[1] < (2.5e-3 if order == 1 else 2.5e-5)
+
+
+def test_an_image_is_encoded_into_the_noise_that_draws_it() -> None:
+    """Upwards, too, the step is of first order; `ddim` finds the way back."""
+    x_s, denoise, errors = gaussian.MEAN + 0.5 * noise(), gaussian.denoiser(0.5), []
+    for n in (80, 160):
+        levels = [SD.level(t) for t in torch.linspace(900, 20, n + 1).tolist()]
+        x = x_s
+        for level, noisier in zip(levels[:0:-1], levels[-2::-1]):
+            x = ddim_step(x, denoise(x, level), level, noisier)
+        there, back = gaussian.transport(x_s, 0.5, levels[-1], levels[0]) - x, last(ddim(denoise, x, levels)) - x_s
+        errors.append((there.abs().max().item(), back.abs().max().item()))
+    for coarse, fine in zip(*errors):
+        assert abs(math.log2(coarse / fine) - 1) < 0.1      # what the next order leaves at 80 steps
+        assert fine < 0.05                                  # of a deviation of 1, which a wrong direction would miss
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
