@@ -69,6 +69,7 @@ class LatentModel(UNetModel):
             "the UNet's input channels (more in inpainting models) and the VAE's latent channels": (
                 unet.in_channels, latents,
             ),
+            "the VAE's channels and an image's": (self.vae.config.in_channels, 3),
             "the UNet's context and the text's width": (unet.context_dim, text.width),
             "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
             "the tokenizer's length and the text's": (self.tokenizer.length, text.length),

@@ -141,11 +141,14 @@ class TestParts:
             ({"unet": {"context_dim": 64}}, "context"),
             ({"unet": {"in_channels": 9}}, "inpainting"),
             ({"unet": {"out_channels": 8}}, "output channels"),
+            ({"vae": {"in_channels": 6}}, "the VAE's channels and an image's differ, 6 and 3"),      # depth, as LDM3D's
         ],
     )
     def test_what_does_not_fit_is_refused(self, model: LatentModel, change: dict, said: str) -> None:
         if "unet" in change:
             change = {"unet": UNet(replace(TINY.unet, **change["unet"]))}
+        if "vae" in change:
+            change = {"vae": VAE(replace(TINY.vae, **change["vae"]))}
         if "tokenizer" in change:
             change = {"tokenizer": ClipTokenizer.train(["a"], 600, 32)}
         with pytest.raises(ModelError, match=said):
