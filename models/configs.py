@@ -34,7 +34,7 @@ VAE_FIXED: Json = {
     "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None,
     "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
 }  # fmt: skip
-TEXT_FIXED: Json = {"layer_norm_eps": 1e-5}
+TEXT_FIXED: Json = {"layer_norm_eps": 1e-5, "use_attention_mask": False}     # the latter hides the padding
 TEXT_DEFAULTS: Json = {
     "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
     "num_attention_heads": 8, "intermediate_size": 2048, "hidden_act": "quick_gelu",

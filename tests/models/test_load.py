@@ -65,7 +65,7 @@ REFUSED = {
         "act_fn", "latents_mean", "latents_std", "mid_block_add_attention", "shift_factor", "use_post_quant_conv",
         "use_quant_conv",
     },
-    "text_encoder": {"layer_norm_eps"}, "scheduler": {"trained_betas"},
+    "text_encoder": {"layer_norm_eps", "use_attention_mask"}, "scheduler": {"trained_betas"},
 }  # fmt: skip
 
 
