@@ -22,6 +22,7 @@ float64, and only then cast to the dtype of the tensor that it multiplies.
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -170,6 +171,8 @@ def _betas(name: str, steps: int, start: float | None, end: float | None) -> Ten
     default_start, default_end = (1e-4 * scale, 0.02 * scale) if name == "linear" else (0.00085, 0.012)
     start = default_start if start is None else start
     end = default_end if end is None else end
+    if not (isinstance(start, Real) and isinstance(end, Real)):
+        raise DiffusionError(f"betas are numbers, not {start!r} and {end!r}")
     if not (0 < start < 1 and 0 < end < 1):
         raise DiffusionError(f"betas lie between 0 and 1, but {name} over {steps} steps runs from {start:g} to {end:g}")
     if name == "linear":

@@ -183,7 +183,7 @@ def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
     }
     require_schedule(schedule["name"], where)
     if schedule["name"] in BETA_SCHEDULES:  # the others have no use for the betas that diffusers writes all the same
-        schedule |= {"beta_start": file.get("beta_start", 1e-4), "beta_end": file.get("beta_end", 0.02)}
+        schedule |= {"beta_start": float(file.get("beta_start", 1e-4)), "beta_end": float(file.get("beta_end", 0.02))}
     return schedule, file.get("prediction_type", "epsilon")
 
 

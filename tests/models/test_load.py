@@ -272,6 +272,7 @@ class TestFolders:
             ("vae", "use_quant_conv", False),
             ("text_encoder", "hidden_act", "relu"), ("text_encoder", "layer_norm_eps", 1e-6),
             ("scheduler", "trained_betas", [0.1, 0.2]), ("scheduler", "prediction_type", "sample"),
+            ("scheduler", "beta_start", None), ("scheduler", "beta_end", "small"),
         ],
     )  # fmt: skip
     def test_settings_that_are_not_supported_are_named(
