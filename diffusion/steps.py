@@ -56,15 +56,15 @@ def ddim_step(
 ) -> Tensor:
     """Song et al. 2021, equation 12: the guided x_0 and eps, put together again at a lower level.
 
-    With eta = 0 the other may be the noisier one, too: step by step, from a level with a little noise, an image is
-    encoded into the noise that draws it again (their section 4.3).
+    With eta = 0 the other may be the noisier one, too, and the first clean: step by step an image is encoded into the
+    noise that draws it again (their section 4.3).
 
     x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral). Returns (B, C,
     H, W). Raises DiffusionError for a guide at alpha_bar = 0.
     """
     prediction = prediction.guided(x_t, level)
     remaining = 1 - lower.alpha_bar
-    variance = eta**2 * posterior_variance(level.alpha_bar, lower.alpha_bar)  # equation 16
+    variance = eta**2 * posterior_variance(level.alpha_bar, lower.alpha_bar) if eta else 0.0  # equation 16
     x = lower.alpha_bar**0.5 * prediction.x0 + max(remaining - variance, 0.0) ** 0.5 * prediction.eps
     return x if variance == 0 else x + variance**0.5 * noise
 

@@ -7,6 +7,7 @@ cosine schedule).
 """
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -62,6 +63,7 @@ def scheduler(name: str, **options: object) -> Iterator[object]:
         + {
             "DDPM": "ddpm",
             "DDIM": "ddim",
+            "DDIMInverse": "ddim_inverse",
             "PNDM": "pndm",
             "EulerDiscrete": "euler_discrete",
             "EulerAncestralDiscrete": "euler_ancestral_discrete",
@@ -211,6 +213,23 @@ def test_ddim_trailing(eta: float, zero: bool) -> None:
     with scheduler("DDIM", **SD, **options, rescale_betas_zero_snr=zero) as reference:
         # with eta = 1 from pure noise no eps remains, of which rounding leaves sqrt(1e-16) = 1e-8
         agree(ours, theirs(reference, n, x, generator=seeded(), eta=eta), 2e-8 if zero and eta else BOUND)
+
+
+@FORMS
+@pytest.mark.parametrize("to_one", [False, True])
+def test_ddim_inverted(to_one: bool, form: str) -> None:
+    """An image's noise: the steps of DDIM from the clean end upwards, the network told the time that is stepped to."""
+    x, n = start(), 20
+    levels = of(False).levels(leading(1000, n, terminal=-1 if to_one else 0))
+    if not to_one:
+        levels = levels[:-1] + levels[-2:-1]  # diffusers' first step goes from alpha_bar_0 to itself
+    ours = x
+    for lower, level in itertools.pairwise(reversed(levels)):
+        answer = predict(form, ours, network(ours, level.t), lower.alpha_bar)
+        ours = ddim_step(ours, answer, lower, level)
+    options = {"prediction_type": form, "clip_sample": False, "set_alpha_to_one": to_one}
+    with scheduler("DDIMInverse", **SD, **options) as reference:
+        agree(ours, theirs(reference, n, x))
 
 
 def test_ddim_linspace_by_pairs() -> None:
