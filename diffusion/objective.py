@@ -11,6 +11,7 @@
 """
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,11 @@ def mse(output: Tensor, wanted: Tensor) -> Tensor:
 def min_snr_weight(schedule: Schedule, form: str, t: Tensor, gamma: float = 5.0) -> Tensor:
     """The min-SNR weight of each sample's error (Hang et al. 2023).
 
-    form: `epsilon`, `v_prediction` or `sample`. t: (B,) int64 >= 0. Returns (B,) float32 on t's device.
-    Raises DiffusionError for another form, and for a time that the schedule does not have.
+    form: `epsilon`, `v_prediction` or `sample`. t: (B,) int64 >= 0. gamma: above 0. Returns (B,) float32 on t's device.
+    Raises DiffusionError for another form, for another gamma, and for a time that the schedule does not have.
     """
+    if not isinstance(gamma, Real) or not gamma > 0:
+        raise DiffusionError(f"gamma is a number above 0, not {gamma!r}: math.inf is no limit")
     snr = schedule.snr(t)
     if form == "epsilon":
         weight = (gamma / snr).clamp(max=1)  # SNR = 0 gives 1

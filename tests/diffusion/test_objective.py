@@ -58,6 +58,10 @@ def test_min_snr_at_pure_noise_and_gamma() -> None:
         0,
     ]
     assert min_snr_weight(schedule, "sample", torch.tensor([0]), gamma=3.0).item() == 3.0
+    for gamma in (0.0, -1.0, math.nan, None):                         # the first: no loss at all, not no weights
+        with pytest.raises(DiffusionError, match=f"gamma is a number above 0, not {gamma}: math.inf is no limit"):
+            min_snr_weight(schedule, "v_prediction", end, gamma)
+    assert min_snr_weight(schedule, "epsilon", torch.tensor([0]), math.inf).item() == 1
     with pytest.raises(DiffusionError, match="no network predicts 'x'"):
         min_snr_weight(schedule, "x", end)
 
