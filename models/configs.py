@@ -167,6 +167,8 @@ def write_text(config: ClipTextConfig, begin: int, end: int, pad: int) -> dict[s
 def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
     """A scheduler_config.json: keyword arguments of diffusion.Schedule, and the prediction type.
 
+    What it says of drawing (its class, timestep_spacing, steps_offset, set_alpha_to_one) is passed over: a sampler's
+    times are those of `diffusion.default_levels`; who needs others, as for SD-Turbo, hands a sampler its levels.
     Raises ModelError as above, and for a class of schedulers without betas: diffusers writes those of every one that
     has any.
     """
