@@ -118,7 +118,8 @@ def _vectors(value: Any, word: str, path: Path) -> Tensor:
         if isinstance(value, Tensor) and not plain:
             found += f" of {value.layout} on {value.device}"
         raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D)")
-    vectors = (value if value.ndim == 2 else value[None]).detach().float().contiguous()
+    rows = (value if value.ndim == 2 else value[None]).detach()
+    vectors = rows.to(torch.float32, copy=True).contiguous()    # no part of the memory map, which changes with the file
     if not vectors.numel() or not vectors.isfinite().all():
         raise InversionError(
             f"the vectors of {word!r} in {path} are empty or not finite: the training that made them failed"

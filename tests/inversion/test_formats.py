@@ -38,6 +38,16 @@ def test_half_precision_is_read_as_float32() -> None:
     assert torch.equal(vectors, EXPECTED.half().float())
 
 
+def test_a_loaded_word_does_not_change_with_its_file(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    Concept("<a>", torch.ones(2, 768)).save(file)
+    Concept("<a>", torch.zeros(2, 768)).save(other)
+    loaded = Concept.load(file)
+    with open(file, "r+b") as written:                      # as `cp` does, in place
+        written.write(other.read_bytes())
+    assert torch.equal(loaded.vectors, torch.ones(2, 768))
+
+
 def test_one_flat_vector_is_one_row() -> None:
     assert torch.equal(Concept.load(FILES / "diffusers_one_vector_1d.bin").vectors, EXPECTED[:1])
 
