@@ -134,7 +134,7 @@ def main(config: Config) -> None:
     images: list[Tensor] = []
     for image in (image for batch in draw(config) for image in batch):
         i, j = divmod(len(images), config.count)
-        name = re.sub(r"[^a-z0-9]+", "-", config.prompt[i].lower()).strip("-")[:40]
+        name = re.sub(r"\W+", "-", config.prompt[i].lower())[:40].strip("-")
         write_png(output / f"{i:02d}-{name}-seed{config.seed + j}.png", image)
         images.append(image)
     if len(images) > 1:

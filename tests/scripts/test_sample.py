@@ -81,6 +81,13 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
     assert abs(again - tiles[3]).max() <= 1  # another batch may round a pixel the other way
 
 
+def test_a_picture_is_named_after_a_prompt_of_any_script(folder: Path, script: ModuleType, tmp_path: Path) -> None:
+    prompts = ("рыжая собака", "犬")
+    script.main(script.Config(prompts, str(folder / "model"), steps=1, output=tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00-рыжая-собака-seed0.png", "01-犬-seed0.png", "sheet.png"]
+
+
 def test_the_flags_draw_what_the_library_draws(folder: Path, script: ModuleType) -> None:
     """A learned word may stand in the negative prompt alone."""
     model, word, start = str(folder / "model"), folder / "new.safetensors", folder / "start.png"
