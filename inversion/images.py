@@ -57,7 +57,8 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
             f"readable are {', '.join(sorted(SUFFIXES))}"
         )
     if foreign:
-        warnings.warn(f"skipped in {folder}, not an image: {_listed(foreign)}", UserWarning, stacklevel=2)
+        said = f"skipped in {folder}, no readable image: {_listed(foreign)}; readable are {', '.join(sorted(SUFFIXES))}"
+        warnings.warn(said, UserWarning, stacklevel=2)
     return images
 
 

@@ -154,6 +154,13 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
         read_folder(tmp_path, 32)
 
 
+def test_photographs_in_a_format_that_is_not_read_are_not_called_no_images(tmp_path: Path) -> None:
+    halves((32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"a telephone's photograph")
+    with pytest.warns(UserWarning, match=r"no readable image: b\.heic; readable are \.bmp"):
+        read_folder(tmp_path, 32)
+
+
 @pytest.mark.parametrize("keep", [0, 20, 0.5, 0.9])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_a_truncated_image(tmp_path: Path, keep: float, suffix: str) -> None:
