@@ -39,7 +39,7 @@ print(json.dumps({"seconds": seconds, "seen": seen, "modules": sorted(set(sys.mo
 def imported(file: Path) -> set[str]:
     """The top-level packages that a file imports anywhere, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
