@@ -40,6 +40,8 @@ def loss_curve(file: Path, history: Sequence[dict[str, Any]], caption: tuple[str
     vectors.plot([], [], "--", color="tab:blue", label="cosine to the start")
     vectors.set(xlabel="step", title="learned vectors")
     vectors.legend()
+    for axes in (losses, vectors):
+        axes.locator_params(axis="x", integer=True)
     _write(figure, file)
 
 

@@ -46,6 +46,16 @@ def test_a_comparison_holds_a_row_under_another(tmp_path: Path) -> None:
     assert heights[1] - heights[0] > 0.2
 
 
+def test_there_is_no_half_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"loss": 1.0, "validation_loss": 1.0, "norms": [1.0], "cosines": [1.0]}
+    drawn = []
+    monkeypatch.setattr("inversion.report._write", lambda figure, file: drawn.append(figure))
+    for steps in (2, 20):
+        loss_curve(tmp_path / "loss.png", [row | {"step": step} for step in range(steps + 1)])
+    ticks = [axes.get_xticks() for figure in drawn for axes in figure.axes]
+    assert all((each == each.round()).all() for each in ticks)
+
+
 def test_what_stands_between_dollars_is_no_formula(tmp_path: Path) -> None:
     """As one, these words would be an error of matplotlib's, after the training."""
     words, images = "a $5_{ dog for $6", torch.zeros(2, 3, 8, 8)
