@@ -116,7 +116,7 @@ class Recipe:
         names = ("steps", "batch_size", "accumulation", "learning_rate", "validation_pairs")
         numbers = {key: getattr(self, key) for key in names}
         numbers |= {key: value for key, value in chosen.items() if value is not None}
-        return TrainConfig(**numbers, validate_every=max(1, numbers["steps"] // 12), seed=seed)
+        return TrainConfig(**numbers, validate_every=max(1, round(numbers["steps"] / 12)), seed=seed)
 
 
 RECIPES = {
