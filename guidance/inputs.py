@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guidance.errors import GuidanceError
 
-GUIDED_FROM = 1e-4      # alpha_bar: below it a guided score says more of the noise than of the image
+GUIDED_FROM = 1e-5      # alpha_bar: the linear schedule ends at 4e-5, from where classifiers are known to guide DDIM
 
 
 class Concept(Protocol):
