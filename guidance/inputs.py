@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from guidance.errors import GuidanceError
 
@@ -51,7 +51,8 @@ def prompts(
 
 def require_kinds(guidance: Any, progress: Any) -> None:
     """Raise GuidanceError for what should be called and cannot be."""
-    network = hasattr(guidance, "classes") or hasattr(guidance, "similarity")     # which is callable, too
+    known = hasattr(guidance, "classes") or hasattr(guidance, "similarity")
+    network = known and isinstance(guidance, nn.Module)                           # which is callable, too
     if guidance is not None and (network or not callable(guidance)):
         found = f"a {type(guidance).__name__}" if network else repr(guidance)
         raise GuidanceError(f"a gradient to guide by is one of guidance.classifier or the like, not {found}")

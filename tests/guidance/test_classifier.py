@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -151,6 +151,17 @@ def test_a_score_guided_where_next_to_nothing_is_image_is_warned_of() -> None:
         generate(linear, "a dog", sampler="ddim", steps="ddim25", **options)
         generate(linear, "a dog", sampler="ddim", steps=2, **options)
         generate(linear, "a dog", sampler="euler", steps=2, **options)
+
+
+def test_a_gradient_may_be_an_object_that_knows_its_classes() -> None:
+    @dataclass
+    class Towards:
+        classes: list[int]
+
+        def __call__(self, x_t: Tensor, level: Level) -> Tensor:
+            return torch.zeros_like(x_t)
+
+    assert generate(tiny_glide(), "a dog", steps=2, guidance=Towards([2])).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
