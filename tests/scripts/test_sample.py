@@ -148,8 +148,9 @@ def test_the_model_is_loaded_as_the_flags_say(
     ],
 )
 def test_refusals_leave_nothing(
-    folder: Path, script: ModuleType, options: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder: Path, script: ModuleType, options: dict, sentence: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(folder)
     before = sorted(folder.rglob("*"))
     paths = {"output": "out"} | {key: value for key, value in options.items() if key == "output"}
@@ -157,6 +158,7 @@ def test_refusals_leave_nothing(
     with pytest.raises((DiffusionError, GuidanceError, InversionError), match=sentence):
         script.main(script.Config(("a dog",), "model", steps=2, output=Path(paths["output"]), **rest))
     assert sorted(folder.rglob("*")) == before
+    assert "sampling" not in capsys.readouterr().err        # an empty bar before the sentence
 
 
 def test_classes_go_by_name_or_number(script: ModuleType, tmp_path: Path) -> None:
