@@ -98,8 +98,8 @@ def generate(
         levels = from_strength(levels, 0.8 if strength is None else strength)
     elif strength is not None:
         raise GuidanceError(
-            f"a strength, {strength}, says how much of an image to start from goes, and here is none: leave it out, or "
-            "give an image without a mask"
+            f"a strength, {strength}, says how much of an image goes that drawing starts from, and here it starts from "
+            "noise: leave it out, or give a base model an image without a mask"
         )
     if guidance is not None and sampler != "ddpm" and 0 < levels[0].alpha_bar < inputs.GUIDED_FROM:
         warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)
