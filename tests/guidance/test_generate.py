@@ -295,7 +295,7 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
             "learned with other, but this model's text encoder, exact",
         ),
         ({"concepts": [Word("<a>", torch.zeros(1, 1))] * 2}, r"one placeholder \(<a>, <a>\)"),
-        ({"strength": 0.5}, "a strength, 0.5, .* and here it starts from noise: leave it out, or give a base model an image"),
+        ({"strength": 0.5}, "a strength, 0.5, .* and here it starts from noise: leave it out"),
     ],
 )
 def test_refused(options: dict, sentence: str) -> None:
