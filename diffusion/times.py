@@ -119,9 +119,9 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
 
     DDPM: leading, offset 1. DDIM and PLMS: leading, offset 1, ending at alpha_bar_0. Both Eulers: linspace,
     not rounded. DPM-Solver++: linspace without its 0, or Karras. With zero terminal SNR all take trailing
-    times, because only those start where the noise is pure (Lin et al. 2023, section 3.3), and end clean (of
-    diffusers' the DDIM of Stable Diffusion's settings ends at alpha_bar_0 then, too). Returns n + 1 levels,
-    descending. Raises DiffusionError for an unknown sampler, or if n steps do not fit.
+    times, because only those start where the noise is pure (Lin et al. 2023, section 3.3), and end clean
+    (diffusers' DDIM, set as Stable Diffusion's, ends at alpha_bar_0 even then). Returns n + 1 levels, descending.
+    Raises DiffusionError for an unknown sampler, or if n steps do not fit.
     """
     if sampler not in SAMPLERS:
         raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
