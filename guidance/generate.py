@@ -94,13 +94,7 @@ def generate(
         raise GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
     levels, upsampler = levels_of(model, sampler, steps), model.upsampler
     image, kept, small, sides = inputs.pictures(model, image, mask, len(prompts), height, width)
-    if image is not None:
-        levels = from_strength(levels, 0.8 if strength is None else strength)
-    elif strength is not None:
-        raise GuidanceError(
-            f"a strength, {strength}, says how much of an image goes that drawing starts from, and here it starts from "
-            "noise: leave it out, or give a base model an image without a mask"
-        )
+    levels = _from_there_on(levels, image, strength)
     if guidance is not None and sampler != "ddpm" and 0 < levels[0].alpha_bar < inputs.GUIDED_FROM:
         warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)
     shape = model.x0_shape(*sides)
@@ -122,6 +116,18 @@ def generate(
                     "scale, or float32"
                 )
     return torch.cat(images)
+
+
+def _from_there_on(levels: list[Level], image: Tensor | None, strength: float | None) -> list[Level]:
+    """The levels that are left to an image to start from. Raises GuidanceError for a strength without one."""
+    if image is not None:
+        return from_strength(levels, 0.8 if strength is None else strength)
+    if strength is not None:
+        raise GuidanceError(
+            f"a strength, {strength}, says how much of an image goes that drawing starts from, and here it starts from "
+            "noise: leave it out, or give a base model an image without a mask"
+        )
+    return levels
 
 
 def levels_of(model: Model, sampler: str, steps: int | str) -> list[Level]:
