@@ -78,8 +78,7 @@ def dpmpp_2m_step(
     A step to sigma = 0 is always of first order: the second would divide by an infinite step. Returns (B, C, H, W).
     Raises DiffusionError for a guide at alpha_bar = 0.
     """
-    finite = lower.sigma > 0 and level.sigma < math.inf
-    h = math.log(level.sigma / lower.sigma) if finite else math.inf  # of lambda = -log sigma
+    h = math.log(level.sigma / lower.sigma) if lower.sigma > 0 else math.inf  # of lambda = -log sigma
     x0 = prediction.guided(x_t, level).x0
     if before is not None and lower.sigma > 0:
         x0_before, above = before
