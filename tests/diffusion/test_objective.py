@@ -62,6 +62,7 @@ def test_min_snr_at_pure_noise_and_gamma() -> None:
         with pytest.raises(DiffusionError, match=f"gamma is a number above 0, not {gamma}: math.inf is no limit"):
             min_snr_weight(schedule, "v_prediction", end, gamma)
     assert min_snr_weight(schedule, "epsilon", torch.tensor([0]), math.inf).item() == 1
+    assert min_snr_weight(schedule, "epsilon", end).dtype == torch.float32     # a loss times it stays so
     with pytest.raises(DiffusionError, match="no network predicts 'x'"):
         min_snr_weight(schedule, "x", end)
 
@@ -120,6 +121,12 @@ def test_the_bound_of_half_precision_is_computed_in_float32(dtype: torch.dtype) 
     for found, exact in zip(hybrid_loss(schedule, output, x0, t, noise), wanted):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-6)    # float32, a difference of 1s
+    x_t, t = schedule.q_sample(x0, t, noise)[1:], t[1:]     # at 0 a far pixel's mass is what float32 leaves of 1 - 1
+    given = (x0 + wrong / 4)[1:], ((wrong + 1) / 2)[1:], x0[1:], x_t
+    found = variational_bound(schedule, *given, t)
+    assert found.dtype == torch.float32
+    exact = variational_bound(schedule, *(each.double() for each in given), t)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_hybrid_is_the_same_bound_of_a_network_that_predicts_v() -> None:

@@ -265,6 +265,12 @@ def test_plms_asks_once_more() -> None:
     assert asked == [0]
 
 
+def test_plms_starts_after_a_plain_step_from_pure_noise() -> None:
+    levels, x = Schedule("scaled_linear", zero_terminal_snr=True).levels(trailing(1000, 5)), noise()
+    after = ddim_step(x, curved(x, levels[0]), *levels[:2])
+    assert torch.equal(last(plms(curved, x, levels)), last(plms(curved, after, levels[1:])))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_of_a_batch_is_the_image_alone(sampler: str) -> None:
     x, levels = noise(3, 1, 4, 4), default_levels(SD, sampler, 4)

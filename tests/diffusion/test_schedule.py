@@ -123,6 +123,8 @@ def test_snr() -> None:
         (lambda: Schedule("linear", steps=0), "at least 1, not 0"),
         (lambda: Schedule("linear", steps=10), "0.01 to 2"),  # the published end times 1000 / 10
         (lambda: Schedule("linear", steps=10, beta_end=1.0), "0.01 to 1$"),
+        (lambda: Schedule("linear", beta_start=0.0), "runs from 0 to 0.02"),     # said, and so not the published one
+        (lambda: Schedule("linear", beta_end=0), "from 0.0001 to 0$"),
         (lambda: Schedule("scaled_linear", beta_start="0.00085"), "betas are numbers, not '0.00085' and 0.012"),
         (lambda: Schedule("squaredcos_cap_v2", beta_end=0.01), "takes no beta_start"),
         (lambda: Schedule("scaled_linear", steps=1, zero_terminal_snr=True), "at least 2 steps"),

@@ -125,6 +125,11 @@ def test_defaults_descend_for_every_number_of_steps(sampler: str, zero: bool) ->
             assert levels[0].alpha_bar == 0
 
 
+def test_all_times_can_be_taken() -> None:
+    for sampler in ("ddpm", "ddim", "plms"):                                # one up they would begin past the last
+        assert [x.t for x in default_levels(Schedule("linear", 40), sampler, 40)][:-1] == [*reversed(range(40))]
+
+
 def test_a_schedule_of_one_time() -> None:
     schedule = Schedule("linear", 1, 0.5, 0.5)
     assert karras(schedule, 1) == [schedule.level(0), schedule.level(-1)]
