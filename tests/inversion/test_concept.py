@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,9 +30,10 @@ def test_a_word_gives_its_own_vector(model: LatentModel) -> None:
 
 
 def test_a_phrase_gives_one_vector_a_token(model: LatentModel) -> None:
-    assert torch.equal(
-        Concept.from_text(model, "<x>", "a large white dog").vectors, rows(model, "a large white dog")
-    )
+    for n in (None, 4):
+        concept = Concept.from_text(model, "<x>", "a large white dog", n)
+        assert torch.equal(concept.vectors, rows(model, "a large white dog"))
+        assert concept.metadata["init_rule"] == "one vector a token"
 
 
 def test_n_copies_of_a_word(model: LatentModel) -> None:
@@ -109,6 +111,14 @@ def test_a_saved_file_has_one_key_named_by_the_word(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "f.safetensors")
     assert list(tensors) == ["<frida>"]
     assert tensors["<frida>"].dtype == torch.float32
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert file.metadata() == {"init": "dog", "format": "pt"}           # transformers refuses a file without
+
+
+def test_vectors_that_lie_otherwise_in_memory_are_saved(tmp_path: Path) -> None:
+    vectors = torch.randn(8, 2).T
+    Concept("<x>", vectors).save(tmp_path / "x.safetensors")
+    assert torch.equal(Concept.load(tmp_path / "x.safetensors").vectors, vectors)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

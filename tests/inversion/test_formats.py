@@ -65,6 +65,8 @@ def test_of_two_words_one_is_asked_for() -> None:
     file = FILES / "two_concepts.safetensors"
     with pytest.raises(InversionError, match=r"2 words \(<a>, <b>\): say which one"):
         Concept.load(file)
+    with pytest.raises(InversionError, match=r"2 words \(<a>, <b>\): say which one"):
+        Concept.load(file, placeholder="<c>")                               # a new name, but of which?
     first, second = (Concept.load(file, placeholder=word) for word in ("<a>", "<b>"))
     both = load_file(file)
     assert torch.equal(first.vectors, both["<a>"])
@@ -185,6 +187,12 @@ def test_damaged_pickles_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.bin").write_bytes(data)
     with pytest.raises(InversionError, match="damaged"):
         Concept.load(tmp_path / "x.bin")
+
+
+def test_a_safetensors_file_is_known_by_its_name_too(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"an error page, perhaps")
+    with pytest.raises(InversionError, match=r"damaged or cut short \(.*\): download it again"):
+        Concept.load(tmp_path / "x.safetensors")
 
 
 def test_a_safetensors_file_is_known_by_its_content(tmp_path: Path) -> None:

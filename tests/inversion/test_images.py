@@ -94,8 +94,9 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "suffix"), [("<u2", "png"), ("<u2", "tiff"), (">u2", "tiff"), ("<i4", "tiff")])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, dtype: str, suffix: str) -> None:
-    Image.fromarray(np.full((32, 32), 0x4040, dtype)).save(tmp_path / f"a.{suffix}")
-    assert colour(read_folder(tmp_path, 32), 5, 5) == (0x40, 0x40, 0x40)
+    for wide in (0x4040, 0x40C0, 0x3FC0):                                   # 0x40 · 257, and half a step beside it
+        Image.fromarray(np.full((32, 32), wide, dtype)).save(tmp_path / f"a.{suffix}")
+        assert colour(read_folder(tmp_path, 32), 5, 5) == (0x40, 0x40, 0x40)
 
 
 def test_hidden_and_foreign_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
@@ -210,3 +211,4 @@ def test_hidden_folders_are_not_searched(tmp_path: Path) -> None:
         halves((32, 32)).save(tmp_path / folder / "a.png")
     with pytest.warns(UserWarning, match=r"\.thumbnails"):
         assert find_images(tmp_path, recursive=True) == [tmp_path / "photos" / "a.png"]
+    assert find_images(tmp_path / ".thumbnails", recursive=True) == [tmp_path / ".thumbnails" / "a.png"]    # as asked

@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -328,14 +329,26 @@ def test_ctrl_c_while_the_state_is_written(
     same(whole, again)
 
 
-def test_ctrl_c_that_ends_the_process_waits_too() -> None:
-    """As programs with windows set it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_ends_the_process_waits_too(number: signal.Signals) -> None:
+    """SIGTERM does so where nothing is set, SIGINT as programs with windows set it."""
     code = (
-        "import signal; from inversion.interruption import unbroken; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        "with unbroken(): signal.raise_signal(signal.SIGINT); print('written', flush=True)"
+        f"import signal; from inversion.interruption import unbroken; signal.signal({number:d}, signal.SIG_DFL)\n"
+        f"with unbroken(): signal.raise_signal({number:d}); print('written', flush=True)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "written\n")
+    assert (ended.returncode, ended.stdout) == (-number, "written\n")
+
+
+def test_a_thread_that_no_signal_reaches_learns_and_writes_too(tmp_path: Path) -> None:
+    """Python lets only the main one say what signals do."""
+    results: list[Result] = []
+    file = tmp_path / "x.safetensors"
+    thread = threading.Thread(target=lambda: results.append(learn(Sum(), file=file)))
+    thread.start()
+    thread.join()
+    same(results[0], learn(Sum()))
+    assert torch.equal(Concept.load(file).vectors, results[0].concept.vectors)
 
 
 def test_killed_within_a_step_it_resumes_bit_for_bit(tmp_path: Path) -> None:
