@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion import Schedule
 from guidance import generate
 from inversion import Concept, InversionError, TrainConfig, train
-from inversion.objective import denoising_loss, random_batch
+from inversion.objective import Batch, denoising_loss, random_batch
 from inversion.prompts import check_prompts
 from models import GlideModel
 from tests.tiny import tiny_glide
@@ -21,9 +21,22 @@ def images() -> Tensor:
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def batch(model: GlideModel) -> object:
+def batch(model: GlideModel) -> Batch:
     generator, which = torch.Generator().manual_seed(1), torch.tensor([0, 1, 0, 1])
     return random_batch(images(), TEMPLATES, which, which + 1, model.x0_shape(16, 16), 1000, generator)
+
+
+def test_the_loss_is_on_the_noise_that_the_network_predicts() -> None:
+    """On the first half of its answer; the second is the variance that it learned."""
+    model, found = tiny_glide(), batch(tiny_glide())
+    schedule = Schedule(**model.schedule)
+    losses = denoising_loss(model, schedule, found, "dog")
+    prompts = [line.replace("{}", "dog") for line in found.templates]
+    a = schedule.alphas_bar[found.t].float()[:, None, None, None]
+    x_t = a.sqrt() * found.moments + (1 - a).sqrt() * found.noise               # x_0 is the image itself
+    answer = model.predict(x_t, found.t, model.encode_text(model.tokenizer.encode(prompts)))
+    assert answer.shape[1] == 6
+    torch.testing.assert_close(losses, (answer[:, :3] - found.noise).square().mean((1, 2, 3)), rtol=1e-5, atol=0)
 
 
 def test_the_gradient_is_that_of_an_extended_table() -> None:

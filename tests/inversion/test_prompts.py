@@ -95,7 +95,7 @@ def test_a_template_that_is_too_long_alone_is_refused(tokenizer: ClipTokenizer) 
 
 @pytest.mark.parametrize(
     ("placeholder", "template"),
-    [("<x>", "a photo"), ("frida", "a photo of my{}"), ("frida", "a photo of {}s")],
+    [("<x>", "a photo"), ("frida", "a photo of my{}"), ("frida", "a photo of {}s"), ("frida", "{}, and my{}")],
 )
 def test_a_word_without_effect_in_a_template_is_refused(
     tokenizer: ClipTokenizer, placeholder: str, template: str

@@ -38,6 +38,18 @@ def test_a_sheet_holds_its_images_in_order(tmp_path: Path, monkeypatch: pytest.M
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
 
 
+def test_an_image_stands_upright_in_its_own_colours(tmp_path: Path) -> None:
+    red, green, blue = torch.tensor(COLOURS)[:, :, None, None]
+    image = torch.zeros(3, 9, 9)                                            # the middle of [-1, 1]: grey
+    image[:, :3], image[:, 6:, :3], image[:, 6:, 6:] = red, green, blue
+    sheet(tmp_path / "sheet.png", image[None], [""])
+    red, green, blue = places(tmp_path / "sheet.png")
+    assert red[1] < green[1] == blue[1]
+    assert green[0] < red[0] < blue[0]
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    assert (abs(pixels.astype(int) - 127.5) < 1).all(axis=2).sum() > 1000
+
+
 def test_a_comparison_holds_a_row_under_another(tmp_path: Path) -> None:
     rows = [(str(i), torch.tensor(colour)[None, :, None, None].expand(2, -1, 8, 8)) for i, colour in enumerate(COLOURS)]
     comparison(tmp_path / "comparison.png", rows, ["seed 0", "seed 1"])

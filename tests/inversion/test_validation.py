@@ -102,6 +102,7 @@ def test_times_fill_their_strata_and_stay_inside() -> None:
     for size in (1, 7, 1000, 1003):
         which = torch.zeros(size, dtype=torch.int64)
         batch = random_batch(torch.zeros(1, 2), [["{}"]], which, which, (1, 1, 1), 1000, generator)
+        assert size != 1000 or torch.equal(batch.t, torch.arange(1000))         # a stratum each, which rounding leaves
         assert 0 <= batch.t.min() <= batch.t.max() <= 999
         # a stratum's own share of the times, to one step of rounding
         assert ((batch.t - torch.arange(size) * 1000 / size).abs() <= 1000 / size + 1).all()
