@@ -122,6 +122,14 @@ def test_an_upsampler_by_itself_enlarges_an_image() -> None:
     assert wide.shape == (1, 3, 32, 64)
 
 
+def test_each_image_is_enlarged_by_itself_in_any_batch() -> None:
+    upsampler, small = tiny_glide(factor=2), torch.stack([picture(16), picture(16, 1)])
+    options = {"steps": 2, "height": 32, "width": 32}
+    drawn = generate(upsampler, ["a dog", "a cat"], image=small, batch_size=1, generator=3, **options)
+    second = generate(upsampler, "a cat", image=small[1], generator=4, **options)
+    torch.testing.assert_close(drawn[1:], second, rtol=0, atol=1e-5)            # float32
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
