@@ -62,6 +62,16 @@ def test_guided_is_the_posterior_given_the_class() -> None:
     assert prediction.guide is None
 
 
+def test_a_learned_variance_lies_between_0_and_1() -> None:
+    """The network's u in [-1, 1] weighs the two logarithms by (u + 1) / 2 (openai/guided-diffusion at 22e0df8)."""
+    x_t, eps = torch.randn(2, 1, 3, 1, 1, dtype=torch.float64)
+    u = torch.tensor([-1.0, 0.5, 1.0], dtype=torch.float64).reshape(1, 3, 1, 1)
+    prediction, plain = (predict("epsilon", x_t, output, 0.3) for output in (torch.cat([eps, u], dim=1), eps))
+    assert prediction.var_frac.flatten().tolist() == [0, 0.75, 1]
+    assert torch.equal(prediction.x0, plain.x0)
+    assert plain.var_frac is None
+
+
 def test_unknown_form() -> None:
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(DiffusionError, match="no network predicts 'velocity' here; there are epsilon"):
