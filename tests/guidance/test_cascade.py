@@ -278,6 +278,14 @@ def test_an_upsampler_reads_what_a_word_began_as() -> None:
     assert torch.equal(drawn, generate(upsampler, plain, **options, **negative | {"negative": "a blue dog"}))
 
 
+def test_the_words_in_a_prompt_are_found_as_a_tokenizer_finds_them() -> None:
+    """None within a longer one, at either end; of two that begin alike the longer; none is a pattern."""
+    words = {"sks": "dog", "sks-2": "cat", "*": "star", "<a>": "bird"}
+    concepts = [Concept(name, torch.zeros(1, 1), {"init": init}) for name, init in words.items()]
+    found = inputs.in_plain_words(["a sksy mask, sks and sks-2", "<a>s under a *"], concepts)
+    assert found == ["a sksy mask, dog and cat", "birds under a star"]
+
+
 def test_an_image_without_pixels_is_refused() -> None:
     with pytest.raises(GuidanceError, match=r"has pixels, and this one is \(1, 3, 0, 0\)"):
         generate(tiny_glide(inpaints=True), "a dog", image=torch.zeros(3, 0, 0), mask=torch.ones(0, 0))
