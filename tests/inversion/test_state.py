@@ -54,7 +54,9 @@ def test_a_step_passed_over_changes_nothing_but_the_counts() -> None:
     for name in ("vectors", "mean", "square", "updates"):
         assert torch.equal(torch.as_tensor(getattr(after, name)), torch.as_tensor(getattr(state, name)))
     assert (after.step, after.skipped, after.in_a_row) == (3, 2, 2)
-    assert after.updated(torch.ones(1, 4), 0.1, 1.0).in_a_row == 0
+    moved, plain = (each.updated(torch.full((1, 4), 0.5), 0.1, 1.0) for each in (after, state))
+    assert torch.equal(moved.vectors, plain.vectors)                    # Adam's k counts updates, not steps
+    assert (moved.in_a_row, moved.updates) == (0, 2)
 
 
 def test_the_best_is_kept_not_the_last() -> None:
