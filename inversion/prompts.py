@@ -1,7 +1,7 @@
 """The sentences that a word is learned in.
 
 A template is a line of text with a slot `{}` for the word. A concept seen under many sentences cannot hide in
-the wording of one, so it stays usable in new ones (Gal et al. 2022, section 4). Objects take neutral
+the wording of one, so it stays usable in new ones (Gal et al. 2022, section 3). Objects take neutral
 descriptions of a photograph, styles take descriptions of a painting "in the style of" the word. Where a text
 file lies beside an image (`photo.txt` for `photo.jpg`), its text replaces the templates for that image: what
 the caption already says, the word need not learn.

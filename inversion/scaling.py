@@ -1,7 +1,8 @@
 """Loss scaling for networks in float16: the loss goes back multiplied, so that small gradients do not round to zero.
 
-The factor is a power of two and is taken off at the end, so nothing is rounded by it. It is halved whenever a gradient
-overflows, and doubled after many that did not (Micikevicius et al. 2018, Mixed Precision Training, section 3.2).
+The factor is a power of two and is taken off at the end, so nothing is rounded by it (Micikevicius et al. 2018, Mixed
+Precision Training, section 3.2, where it is constant). It is halved whenever a gradient overflows, and doubled after
+many that did not, as torch.amp.GradScaler's is.
 """
 
 import torch

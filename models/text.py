@@ -6,7 +6,7 @@ token table, and the table is neither resized nor copied for it: ids at or beyon
 which is then the only tensor that receives a gradient.
 
 Parameter names are those of the Hugging Face files without their `text_model.`.
-Source: Radford et al. 2021, section 2.4; Gal et al. 2022 (Textual Inversion), section 4.
+Source: Radford et al. 2021, section 2.4; Gal et al. 2022 (Textual Inversion), section 3.
 """
 
 from collections.abc import Callable
