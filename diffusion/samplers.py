@@ -114,9 +114,10 @@ def plms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Ge
     """Pseudo linear multistep (Liu et al. 2022, equations 9 and 12), as CompVis/latent-diffusion starts it.
 
     The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step.
-    The first step has no past and averages eps at both of its ends (Heun), so that n steps ask the network
-    n + 1 times; from pure noise (alpha_bar = 0), where eps says nothing, it is a plain step. Draws no
-    noise. x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
+    The first step has no past and averages eps at both of its ends (Heun), so that n steps ask the network n + 1
+    times. Not where it is the last step as well: the network was never asked about a clean image. A step from pure
+    noise (alpha_bar = 0), where eps says nothing, is a plain one, and the next is the first. Draws no noise.
+    x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
     """
     _check(levels)
     past: list[Tensor] = []
