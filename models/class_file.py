@@ -41,7 +41,7 @@ def read_class_model(
     weights = Weights((path,))
     shapes = weights.shapes()
     if (kind := kind_of(shapes)) != GUIDED_DIFFUSION:
-        raise ModelError(f"{path} is {kind.words}, and {GUIDED_DIFFUSION.words} is needed")
+        raise ModelError(f"{path} is {kind}, and {GUIDED_DIFFUSION} is needed")
     form = _published(preset) if preset else described(path, MODEL_KEY, _understood)
     if form and config:
         raise ModelError(f"{path} is a file that describes itself: leave config out")
@@ -73,9 +73,7 @@ def read_classifier(
     weights = Weights((path,))
     shapes = weights.shapes()
     if (kind := kind_of(shapes)) != CLASSIFIER:
-        raise ModelError(
-            f"{path} is {kind.words}, and {CLASSIFIER.words} is needed: what draws is loaded by models.load"
-        )
+        raise ModelError(f"{path} is {kind}, and {CLASSIFIER} is needed: what draws is loaded by models.load")
     if config is not None and not isinstance(config, ClassifierConfig):
         raise ModelError(f"the config of a classifier is a ClassifierConfig, not {config!r}")
     form = described(path, CLASSIFIER_KEY, _understood_classifier)

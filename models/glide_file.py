@@ -40,7 +40,7 @@ def outline_glide(path: Path) -> GlideModel:
     """What a file's shapes and metadata say, on the meta device; raises as `read_glide`."""
     shapes = Weights((path,)).shapes()
     if (kind := kind_of(shapes)) != GLIDE_KIND:
-        raise ModelError(f"{path} is {kind.words}, and one of GLIDE's networks is needed")
+        raise ModelError(f"{path} is {kind}, and one of GLIDE's networks is needed")
     known = described(path, KEY, _understood)
     preset = known[0] if known else _published(shapes[STEM], path)
     tokenizer = known[1] if known else GlideTokenizer.gpt2(preset.text.length)

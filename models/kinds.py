@@ -1,22 +1,13 @@
-"""Which of the published kinds a file of tensors is: their names tell."""
+"""Which of the published kinds a file of tensors is: their names tell. A kind is what a sentence calls it."""
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
-
-class Kind(NamedTuple):
-    """name: as code asks for it. words: as a sentence calls it."""
-
-    name: str
-    words: str
-
-
-STABLE_DIFFUSION = Kind("stable-diffusion", "a Stable Diffusion checkpoint")
-GLIDE = Kind("glide", "one of GLIDE's networks")
-GUIDED_DIFFUSION = Kind("guided-diffusion", "a UNet of guided-diffusion")
-CLASSIFIER = Kind("classifier", "a classifier of guided-diffusion")
-UNKNOWN = Kind("unknown", "none of the kinds of file known here")
+STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
+GLIDE = "one of GLIDE's networks"
+GUIDED_DIFFUSION = "a UNet of guided-diffusion"
+CLASSIFIER = "a classifier of guided-diffusion"
+UNKNOWN = "none of the kinds of file known here"
 # What else people have: names in it, matched from their start, and what it is. The first that fits is it.
 TRANSFORMER = r"(model\.diffusion_model\.)?(double|joint)_blocks\.", "a transformer of Stable Diffusion 3 or Flux"
 OTHERS = (
@@ -32,15 +23,15 @@ STEM = "input_blocks.0.0.weight"
 GLIDE_TEXT = {"padding_embedding", "transformer_proj.weight"}
 
 
-def kind_of(names: Iterable[str]) -> Kind:
+def kind_of(names: Iterable[str]) -> str:
     """The kind of a file whose tensors have these names."""
     names = set(names)
     if _any(TRANSFORMER[0], names):
-        return Kind(UNKNOWN.name, TRANSFORMER[1])
+        return TRANSFORMER[1]
     if any(name.startswith("model.diffusion_model.") for name in names):
         return STABLE_DIFFUSION
     if words := next((words for pattern, words in OTHERS if _any(pattern, names)), None):
-        return Kind(UNKNOWN.name, words)
+        return words
     if STEM not in names:
         return UNKNOWN
     if names >= GLIDE_TEXT:

@@ -118,7 +118,7 @@ def _load_file(path: Path, dtype: torch.dtype | str | None, device: torch.device
     """A single file, by its kind."""
     kind = kind_of(open_tensors(path))
     if kind == CLASSIFIER:
-        raise ModelError(f"{path} is {kind.words}, which draws nothing: it is loaded by models.load_classifier")
+        raise ModelError(f"{path} is {kind}, which draws nothing: it is loaded by models.load_classifier")
     if kind == GLIDE:
         _take(path, options)
         return read_glide(path, dtype, device)

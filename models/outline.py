@@ -14,7 +14,7 @@ from models.glide_file import cascade_files, of_preset, outline_glide
 from models.glide_hub import CASCADES
 from models.glide_tokenizer import GlideTokenizer
 from models.hub import cached, is_id
-from models.kinds import CLASSIFIER, GUIDED_DIFFUSION, Kind, kind_of
+from models.kinds import CLASSIFIER, GUIDED_DIFFUSION, kind_of
 from models.kinds import GLIDE as GLIDE_KIND
 from models.latent import LatentModel
 from models.loading import EMBEDDED
@@ -77,5 +77,5 @@ def _on_the_hub(repository: str, prediction: str | None) -> LatentModel:
     )
 
 
-def _reads_no_text(source: str | Path, kind: Kind) -> ModelError:
-    return ModelError(f"{source} is {kind.words}: it reads no text, and so no word can be taught to it")
+def _reads_no_text(source: str | Path, kind: str) -> ModelError:
+    return ModelError(f"{source} is {kind}: it reads no text, and so no word can be taught to it")

@@ -48,7 +48,7 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
     found = Weights((path,)).shapes()
     if (kind := kind_of(found)) != STABLE_DIFFUSION:
         raise ModelError(
-            f"{path} is no Stable Diffusion checkpoint, but {kind.words}: a file of 1.x or 2.x holds UNet, VAE and "
+            f"{path} is no Stable Diffusion checkpoint, but {kind}: a file of 1.x or 2.x holds UNet, VAE and "
             f"text encoder, the first under {shapes.UNET}..."
         )
     table = found.get(f"{LAYOUTS['text']['single openclip sgm'].prefix}token_embedding.weight", ())
