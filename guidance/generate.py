@@ -85,7 +85,7 @@ def generate(
     prompts, negatives = inputs.prompts(prompts, negative, scale)
     concepts = inputs.listed(concepts)
     inputs.require_kinds(guidance, progress)
-    if getattr(model, "factor", 1) > 1:
+    if model.factor > 1:
         (prompts, negatives), concepts = (inputs.in_plain_words(each, concepts) for each in (prompts, negatives)), ()
     inputs.require_sizes(height=height, width=width)
     inputs.require_two_sides(model, scale)
