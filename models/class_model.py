@@ -39,10 +39,6 @@ class ClassTokenizer:
         """The id of ∅."""
         return len(self.classes)
 
-    def is_word(self, text: str) -> bool:
-        """Whether a class has this name."""
-        return text in self.classes.names
-
     def encode(self, texts: Sequence[str | int], placeholders: Mapping[str, int] | None = None) -> Tokens:
         """Names or numbers of classes, "" for none, to ids (B, 1).
 
