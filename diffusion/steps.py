@@ -60,11 +60,13 @@ def ddim_step(
     noise that draws it again (their section 4.3).
 
     x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral). Returns (B, C,
-    H, W). Raises DiffusionError for a guide at alpha_bar = 0.
+    H, W). Raises DiffusionError for a guide at alpha_bar = 0, and where noise is needed and there is none.
     """
     prediction = prediction.guided(x_t, level)
     remaining = 1 - lower.alpha_bar
     variance = eta**2 * posterior_variance(level.alpha_bar, lower.alpha_bar) if eta else 0.0  # equation 16
+    if variance and noise is None:
+        raise DiffusionError(f"a step of eta {eta:g} adds noise: give it, or take eta=0")
     x = lower.alpha_bar**0.5 * prediction.x0 + max(remaining - variance, 0.0) ** 0.5 * prediction.eps
     return x if variance == 0 else x + variance**0.5 * noise
 

@@ -362,3 +362,11 @@ def test_a_learned_variance_where_the_last_step_stays_at_its_level() -> None:
     prediction = replace(Prediction.from_eps(x, 0 * x, at_0.alpha_bar), var_frac=fraction)
     found = last(ddpm(lambda x, level: prediction, x, [at_0, at_0], generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(found, x, rtol=0, atol=1e-9)           # a variance of 1e-20 adds noise of 1e-10
+
+
+def test_a_step_that_adds_noise_asks_for_it() -> None:
+    x = noise()
+    step = curved(x, SD.level(500)), SD.level(500), SD.level(400)
+    with pytest.raises(DiffusionError, match="eta 0.5 adds noise"):
+        ddim_step(x, *step, eta=0.5)
+    assert ddim_step(x, *step, eta=0.5, noise=noise()).isfinite().all()
