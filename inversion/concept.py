@@ -27,7 +27,8 @@ FAMILIES = {"glide": "GLIDE", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diff
 class Concept:
     """placeholder: the new word as it stands in prompts. vectors: (n, D) float32. metadata: what the file says of it.
 
-    Raises InversionError for an empty placeholder and for vectors that are not finite or not (n, D) with n >= 1.
+    Raises InversionError for a placeholder that is not one word, or holds a template's slot, and for vectors that are
+    not finite or not (n, D) with n >= 1.
     """
 
     placeholder: str
@@ -51,7 +52,7 @@ class Concept:
 
         model: anything with `tokenizer.tokens_of(text)`, `tokenizer.is_word(text)` and `embedding(id) ->
         (D,)`. n: how many vectors; None takes one a token. Raises InversionError if the model reads no text, the
-        placeholder is already a word, the text has no tokens, or it has more than n.
+        placeholder is already a word, the text has no tokens, or more than n, or n is below 1.
         """
         if not hasattr(model.tokenizer, "tokens_of"):
             raise InversionError(f"{model.source} is told classes and reads no words: take one that draws from text")
