@@ -103,7 +103,7 @@ def karras(schedule: Schedule, n: int, rho: float = 7.0) -> list[Level]:
     2022, eq. 5).
 
     A network is told the nearest whole time, as it was trained on those. Returns n + 1 levels, descending.
-    Raises DiffusionError with zero terminal SNR, whose largest sigma is infinite, and for n < 1.
+    Raises DiffusionError with zero terminal SNR, whose largest sigma is infinite, and if n steps do not fit.
     """
     _check(schedule.steps, n)
     table = [schedule.level(t).sigma for t in range(schedule.steps)]
