@@ -266,6 +266,16 @@ class TestFolders:
             ClipTokenizer.from_folder(tmp_path)
 
 
-def test_a_vocabulary_has_each_id_once() -> None:
+@pytest.mark.parametrize("second", [0, 2])      # twice, and a gap: its end would be a learned word's first id
+def test_a_vocabulary_has_each_id_once(second: int) -> None:
     with pytest.raises(ModelError, match="each once"):
-        Vocabulary({"<|startoftext|>": 0, "<|endoftext|>": 0}, [])
+        Vocabulary({"<|startoftext|>": 0, "<|endoftext|>": second}, [])
+
+
+def test_a_byte_that_a_vocabulary_lacks_is_read_as_the_end_token_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    small = ClipTokenizer(Vocabulary({"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, []), 8)
+    small.save(tmp_path)
+    expected = CLIPTokenizer.from_pretrained(tmp_path)("a b a", padding="max_length", max_length=8).input_ids
+    assert small.encode(["a b a"]).ids[0].tolist() == expected
