@@ -10,9 +10,10 @@ from models.layers import linear
 
 INTEL = {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True, "amx_tile": True}
 OTHER = {"cpu_name": "AMD EPYC", "avx512_bf16": True}
+ARM = {"cpu_name": "Neoverse-V2", "bf16": True}
 
 
-@pytest.fixture(params=[INTEL, OTHER, {}], ids=["intel", "other", "unknown"])
+@pytest.fixture(params=[INTEL, OTHER, ARM, {}], ids=["intel", "other", "arm", "unknown"])
 def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(processor, "capabilities", lambda: request.param)
     return request.param
