@@ -53,6 +53,7 @@ class TestSavingFolders:
             "attention_head_dim", "block_out_channels", "use_linear_projection", "down_block_types", "upcast_attention"
         ):
             assert as_list(pipe.unet.config[key]) == as_list(peer.unet.config[key]), key
+        assert (pipe.unet.config.sample_size, pipe.vae.config.sample_size) == (8, 16)
         assert pipe.scheduler.config.prediction_type == ("epsilon" if peer.form == "1.x" else "v_prediction")
         said = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}         # as published files do
         alone = diffusers.DDIMScheduler.from_pretrained(tmp_path / "again" / "scheduler")   # a pipeline corrects it
