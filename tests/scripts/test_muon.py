@@ -41,6 +41,18 @@ def test_every_direction_becomes_about_as_long(muon: ModuleType, shape: tuple[in
         torch.testing.assert_close(inner - values.diag(), torch.zeros_like(inner), rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_the_iteration_is_the_published_one(muon: ModuleType, shape: tuple[int, int]) -> None:
+    """X <- a X + b X X^T X + c (X X^T)^2 X, five times over, with the published a, b and c."""
+    g = matrix(*shape, 0.1)
+    x = g.double() / g.double().norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    # float32 products of Grams, a few thousand roundings
+    torch.testing.assert_close(muon.orthogonalised(g[None])[0].double(), x, rtol=0, atol=1e-3)
+
+
 def test_a_step_has_the_length_that_is_promised(muon: ModuleType) -> None:
     """From nothing, Nesterov's momentum is a multiple of the gradient, so one step is lr * 0.2 sqrt(max) * U V^T."""
     gradient = matrix(6, 18, 0.3)
