@@ -444,7 +444,7 @@ class TestNames:
         assert model.source == "emoji"
 
     @pytest.mark.parametrize(
-        "source", ["no such thing", "no/such/folder", "./a/b", "missing.safetensors", "emojis"]
+        "source", ["no such thing", "no/such/folder", "./a/b", "./a", "../a", "missing.safetensors", "emojis"]
     )
     def test_nothing_of_that_name(self, source: str) -> None:
         with pytest.raises(ModelError, match=r"there is no (file|folder)"):
@@ -474,6 +474,15 @@ class TestNames:
         assert len(asked) == 1
         assert "unet/diffusion_pytorch_model.safetensors" in asked[0]
         assert not any(pattern.endswith(".bin") for pattern in asked[0])
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+    def test_what_a_hub_id_is_asked_for_with(
+        self, copy: Path, monkeypatch: pytest.MonkeyPatch, prediction: str
+    ) -> None:
+        for file in list(copy.rglob("*.safetensors")):
+            file.rename(file.with_suffix(".fp16.safetensors"))
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, allow_patterns: str(copy))
+        assert models.load("someone/tiny", prediction=prediction, variant="fp16").prediction == prediction
 
     @pytest.mark.parametrize("variant", [None, "fp16"])
     def test_of_a_repository_what_is_read_is_asked_for(
@@ -567,7 +576,10 @@ class TestNames:
             models.load("someone/some-model")
 
 
-@pytest.mark.parametrize(("device", "said"), [("foo", "there is no device 'foo'"), ("cuda", "sees no GPU")])
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("foo", "there is no device 'foo'"), ("cuda", "sees no GPU"), ("meta", "on cpu and on cuda, not on meta")],
+)
 def test_a_device_that_is_not_there(device: str, said: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
