@@ -32,6 +32,33 @@ def test_a_held_out_concept_is_held_out_in_every_style(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out/classes/heart/noto-a.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_what_is_captioned_is_a_thing_of_its_own_and_what_is_held_out_is_taught_to_nothing(tmp_path: Path) -> None:
+    """A clock face is left out, by its subcategory; a colour of skin is a picture for the autoencoder alone."""
+    module, dark = script("make_emoji_data"), {"1F3FF": {"image": "dark.png"}}
+    entries = [
+        {"name": "VASE", "category": "Objects", "subcategory": "household", "image": "vase.png"},
+        {"name": "ONE OCLOCK", "category": "Travel & Places", "subcategory": "time", "image": "clock.png"},
+        {"name": "HORSE RACING", "category": "Activities", "subcategory": "sport", "image": "rider.png",
+         "skin_variations": dark},
+        {"name": "POODLE", "category": "Animals & Nature", "subcategory": "animal-mammal", "image": "poodle.png"},
+    ]  # fmt: skip
+    for vendor in module.STYLES:
+        images = tmp_path / f"emoji-datasource-{vendor}" / "img" / vendor / "64"
+        images.mkdir(parents=True)
+        for file in ("vase.png", "clock.png", "rider.png", "dark.png", "poodle.png"):
+            Image.new("RGBA", (64, 64)).save(images / file)
+        (tmp_path / f"emoji-datasource-{vendor}" / "emoji.json").write_text(json.dumps(entries))
+    module.main(module.Config(tmp_path, tmp_path / "out", size=16))
+    for kind, wanted in (("captioned", {"vase", "rider"}), ("held_out", {"poodle"})):
+        rows = [json.loads(line) for line in (tmp_path / "out" / kind / "captions.jsonl").read_text().splitlines()]
+        files = {f"{style}/{name}.png" for style in module.STYLES.values() for name in wanted}
+        assert {row["file"] for row in rows} == files
+        assert len(rows) == len(files)
+        folder = tmp_path / "out" / kind
+        assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")} == files
+    assert {p.stem for p in (tmp_path / "out" / "vae").rglob("*.png")} == {"vase", "clock", "rider", "dark"}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
