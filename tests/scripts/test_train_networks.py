@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,52 @@ def test_masters_are_the_weights_as_they_were_before_they_were_rounded() -> None
     for known in (trainer.master, trainer.average):
         assert all(torch.equal(mine, weight) for mine, weight in zip(known, exact))
     assert all(torch.equal(p, weight.bfloat16()) for p, weight in zip(layer.parameters(), exact))
+
+
+def test_updates_are_adamw_on_clipped_gradients_and_the_average_follows() -> None:
+    """Against torch's AdamW, with the published warm-up, cosine and average written out."""
+    layer, rate, warmup, steps, highest = torch.nn.Linear(3, 2), 0.1, 3, 9, 0.4
+    peers = [torch.nn.Parameter(p.detach().clone()) for p in layer.parameters()]
+    average = [p.detach().clone() for p in peers]
+    trainer = script("_training").Trainer({"layer": layer}, rate, steps, warmup, highest)
+    optimizer = torch.optim.AdamW(peers, betas=(0.9, 0.99), weight_decay=0.01)
+    x = torch.randn(steps, 5, 3, generator=torch.Generator().manual_seed(0))
+    for k in range(steps):
+        size = (1e3, 1e-3)[k % 2]                                       # every other gradient is longer than 1
+        trainer.update(size * layer(x[k]).square().sum())
+        loss = size * torch.nn.functional.linear(x[k], *peers).square().sum()
+        gradients = torch.autograd.grad(loss, peers)
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        for peer, gradient in zip(peers, gradients):
+            peer.grad = gradient / max(1.0, norm.item())
+        up, down = (k + 1) / warmup, (1 + math.cos(math.pi * (k - warmup) / (steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = rate * (up if k < warmup else down)
+        optimizer.step()
+        decay = min(highest, (2 + k) / (11 + k))                        # after k + 1 steps
+        average = [decay * mean + (1 - decay) * peer.detach() for mean, peer in zip(average, peers)]
+        for ours, theirs in ((trainer.master, peers), (list(layer.parameters()), peers), (trainer.average, average)):
+            for mine, other in zip(ours, theirs):
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)        # float32, nine steps
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [   # of black pixels; absolute distance + edges + opponent colours, of which each row is squared
+        # red one too high: 1/3 of the numbers; (1/sqrt 3)^2, 2^2 (1/sqrt 2)^2 and 4^2 (1/sqrt 6)^2 in the three rows
+        ([[[1, 1], [1, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]], 1 / 3 + 0 + (1 / 3 + 2 + 8 / 3) / 3),
+        # a grey column, a grey row: half of the numbers; one step of 1 across it; (3/sqrt 3)^2 of half the pixels
+        ([[[0, 1], [0, 1]]] * 3, 1 / 2 + 1 + (3 / 2) / 3),
+        ([[[0, 0], [1, 1]]] * 3, 1 / 2 + 1 + (3 / 2) / 3),
+    ],
+)
+def test_an_autoencoder_s_loss_is_the_sum_that_its_text_promises(wrong: list, expected: float) -> None:
+    moments = torch.tensor([2.0, math.log(4)])[None, :, None, None]                  # mean 2, variance 4
+    vae = SimpleNamespace(
+        encode=lambda images: moments, sample=lambda moments, noise: noise, decode=lambda z: torch.tensor([wrong]) - 1.0
+    )
+    loss = script("train_vae").autoencoder_loss(vae, -torch.ones(1, 3, 2, 2), torch.zeros(1, 1, 1, 1), 0.5)
+    divergence = (2**2 + 4 - 1 - math.log(4)) / 2                                    # of N(2, 4) from N(0, 1)
+    assert loss.item() == pytest.approx(expected + 0.5 * divergence, rel=1e-6)       # float32
 
 
 def test_latents_are_standardised_and_decoding_does_not_notice(data: Path) -> None:
@@ -287,6 +334,33 @@ def test_captions_are_dropped_with_the_probability_that_was_set(
     empty = models.load(tmp_path / "run" / "model").tokenizer.encode([""]).ids
     dropped = (torch.cat(seen) == empty).all(dim=1).float().mean().item()
     assert dropped == pytest.approx(0.3, abs=0.09)  # four standard errors of 400 draws, sqrt(0.21 / 400) = 0.023
+
+
+def test_a_dropped_caption_is_the_empty_prompt_in_ids_and_mask() -> None:
+    """GLIDE's text transformer reads the mask: where it is False stands what was learned of padding."""
+    module, tokenizer = script("_lesson"), tiny_glide().tokenizer
+    captions = module.Captions(tokenizer, [["one dog"], ["a large dog"]])
+    tokens, empty = captions.of(torch.tensor([0, 1, 1]), torch.Generator(), 1.0), tokenizer.encode([""] * 3)
+    assert torch.equal(tokens.ids, empty.ids)
+    assert torch.equal(tokens.mask, empty.mask)
+
+
+def test_what_is_to_be_predicted_is_the_noise_in_the_picture() -> None:
+    """A model that knows x_0, and so which noise x_t holds, is right: eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab)."""
+    module, schedule = script("_lesson"), Schedule("linear", beta_start=1e-4, beta_end=0.02)
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor, text: object) -> torch.Tensor:
+        alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t][:, None, None, None]
+        return ((x_t - alpha_bar.sqrt() * 0.5) / (1 - alpha_bar).sqrt()).float()
+
+    model = SimpleNamespace(
+        resolution=4, prediction="epsilon", x0_shape=lambda *size: (3, *size), draw_x0=lambda moments, noise: moments,
+        encode_text=lambda tokens: None, predict=predict,
+    )  # fmt: skip
+    captions = module.Captions(tiny_glide().tokenizer, [["a dog"]] * 2)
+    pictures = module.Pictures(torch.full((2, 3, 4, 4), 0.5), None, captions)
+    loss = pictures.loss(model, schedule, 16, torch.Generator().manual_seed(0), 0.0)
+    assert loss.item() < 1e-8                  # float32: at the first times the noise is a hundredth of x_t
 
 
 def test_a_folder_of_another_run_is_refused(data: Path, vae: Path) -> None:
