@@ -19,7 +19,7 @@ import models
 from diffusion import DiffusionError
 from guidance import GuidanceError, generate
 from inversion import Concept, InversionError, read_images
-from tests.tiny import tiny_classes, tiny_model
+from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
 PROMPTS = ("a photo of a dog", "a Picture, of <new>")
@@ -81,6 +81,12 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
     assert abs(again - tiles[3]).max() <= 1  # another batch may round a pixel the other way
 
 
+def test_every_shade_is_rounded_to_itself_and_what_is_beyond_is_cut(script: ModuleType, tmp_path: Path) -> None:
+    shades = torch.cat([torch.arange(256) / 127.5 - 1, torch.tensor([-1.5, 1.5])])
+    script.write_png(tmp_path / "shades.png", shades.expand(3, 1, 258))
+    assert (pixels(tmp_path / "shades.png") == np.array([*range(256), 0, 255])[None, :, None]).all()
+
+
 def test_a_picture_is_named_after_a_prompt_of_any_script(folder: Path, script: ModuleType, tmp_path: Path) -> None:
     prompts = ("рыжая собака", "犬")
     script.main(script.Config(prompts, str(folder / "model"), steps=1, output=tmp_path / "out"))
@@ -117,6 +123,25 @@ def test_what_was_drawn_before_an_interruption_is_there(
         script.main(config)
     names = [f"00-a-photo-of-a-dog-seed{seed}.png" for seed in (0, 1)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_an_upsampler_is_shown_the_image_in_small_and_each_picture_has_its_seed(
+    folder: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pictures of each prompt in batches of two: the second batch holds pictures of both prompts."""
+    sizes, drawn = [], []
+
+    def generate(model: models.GlideModel, prompts: list[str], image: Tensor, **how: object) -> Tensor:
+        sizes.append(tuple(image.shape[2:]))
+        drawn.extend(zip(prompts, how["generator"]))
+        return torch.zeros(len(prompts), 3, 32, 32)
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: tiny_glide(factor=2))
+    monkeypatch.setattr(script, "generate", generate)
+    flags = {"count": 3, "seed": 5, "batch_size": 2, "image": folder / "start.png"}
+    list(script.draw(script.Config(("a dog", "a cat"), **flags)))
+    assert sizes == [(16, 16)] * 3
+    assert drawn == [(prompt, seed) for prompt in ("a dog", "a cat") for seed in (5, 6, 7)]
 
 
 @pytest.mark.parametrize(("offload", "checkpointing"), [("none", "none"), ("idle", "none"), ("stream", "blocks")])
