@@ -169,8 +169,12 @@ def test_pictures_are_noised_as_the_schedule_says() -> None:
     torch.testing.assert_close(seen[0].std(dim=(1, 2, 3)), (1 - alpha_bar).sqrt(), rtol=0, atol=0.026)
 
 
-def test_a_judge_reads_clean_pictures_only(folder: Path, tmp_path: Path) -> None:
-    script("train_classifier").main(classifier_config(folder, tmp_path / "run", noisiest=1))
+def test_a_judge_reads_clean_pictures_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, times = script("train_classifier"), []
+    logits_at = module.logits_at
+    monkeypatch.setattr(module, "logits_at", lambda *given: (times.extend(given[3].tolist()), logits_at(*given))[1])
+    module.main(classifier_config(folder, tmp_path / "run", noisiest=1))
+    assert set(times) == {0}                                                  # in training, too
     found = json.loads((tmp_path / "run" / "accuracy.json").read_text())
     assert [row["time"] for row in found["held out"]] == [0]
 
@@ -248,6 +252,8 @@ def test_variation_mirrors_moves_and_scales() -> None:
     varied, g = script("_classes").varied, torch.Generator().manual_seed(0)
     images = torch.rand(64, 3, 16, 16, generator=g)
     assert varied(images, 0.0, g) is images
+    white = torch.ones(8, 3, 16, 16)                                          # its border is continued, not black
+    torch.testing.assert_close(varied(white, 0.5, g), white, rtol=0, atol=1e-5)             # float32 interpolation
     still = varied(images, 1e-7, g)
     # interpolated in float32 at positions that are off by up to 16e-7 of a pixel
     same_way = [torch.allclose(a, b, atol=1e-4) for a, b in zip(still, images)]
