@@ -1,5 +1,6 @@
 """Saving in both layouts: what was read is written equal, and nothing that lies there is lost."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from models import LatentModel, ModelError, presets
+from models import LatentModel, ModelError, configs, presets
 from models.files import metadata
 from models.text import ClipText
 from models.tokenizer import ClipTokenizer
@@ -414,6 +415,14 @@ def test_every_schedule_comes_back(tmp_path: Path, schedule: dict) -> None:
     model.schedule = schedule
     models.save(model, tmp_path / "model")
     assert models.load(tmp_path / "model").schedule == schedule
+
+
+def test_every_size_comes_back() -> None:
+    """None of them is what a config means that does not say it."""
+    unet = replace(presets.TINY.unet, in_channels=9, out_channels=5, transformer_depth=2, norm_groups=8)
+    vae = replace(presets.TINY.vae, in_channels=1, latent_channels=5, norm_groups=16, scale=0.25)
+    assert configs.read_unet(json.loads(json.dumps(configs.write_unet(unet, 8))), "unet") == unet
+    assert configs.read_vae(json.loads(json.dumps(configs.write_vae(vae, 16))), "vae") == vae
 
 
 def test_a_schedule_without_betas_is_not_written(tmp_path: Path) -> None:
