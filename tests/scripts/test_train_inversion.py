@@ -344,6 +344,17 @@ def test_a_run_is_resumed_from_another_folder(
     script.main(script.Config(resume=output))
 
 
+def test_a_concept_s_file_is_noted_with_its_word_from_anywhere(
+    script: ModuleType, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "two.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    script.save_flags(tmp_path / "run", replace(config, init="<b>=words/two.safetensors"))
+    noted = json.loads((tmp_path / "run" / "run.json").read_text())["init"]
+    assert noted == f"<b>={tmp_path / 'words' / 'two.safetensors'}"
+
+
 def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_path: Path) -> None:
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     Concept("<old>", vectors).save(tmp_path / "old.safetensors")
