@@ -23,6 +23,8 @@ from torch import Tensor
 import models
 from models import LatentModel, ModelError, configs, hub, presets, weights
 from models.files import Weights
+from models.outline import PUBLISHED
+from models.presets import PRESETS
 from models.tokenizer import ClipTokenizer
 from tests.models.pipeline import Pipeline, assert_equal, assert_same_tensors
 
@@ -433,6 +435,14 @@ def numbers(model: LatentModel) -> tuple[Any, ...]:
     """All that configurations say of a model."""
     networks = model.unet, model.vae, model.text
     return *(each.config for each in networks), model.tokenizer.length, model.schedule, model.prediction
+
+
+@pytest.mark.parametrize("repository", PUBLISHED)
+def test_a_published_id_is_outlined_as_its_card_says(repository: str) -> None:
+    """1.x: 512 pixels, epsilon. 2.x: 768 pixels, v; what is called base 512 pixels, epsilon."""
+    preset, second = PRESETS[PUBLISHED[repository]], "stable-diffusion-2" in repository
+    says = (768, "v_prediction") if second and not repository.endswith("-base") else (512, "epsilon")
+    assert (preset.family, preset.resolution, preset.prediction) == ("sd2" if second else "sd1", *says)
 
 
 class TestNames:
