@@ -85,6 +85,14 @@ def test_both_files_are_fetched_once(server: type[Server], tmp_path: Path) -> No
     assert server.begun == [("base.pt", 0), ("upsample.pt", 0)]
 
 
+@pytest.mark.parametrize("name", glide_hub.CASCADES)
+def test_a_cascade_is_of_a_base_and_its_upsampler(name: str) -> None:
+    """Both see what is kept of an image, or neither does."""
+    base, upsample = (GLIDE[part] for part in glide_hub.CASCADES[name])
+    assert (base.inpaints, upsample.inpaints) == (name == "glide-inpaint",) * 2
+    assert (base.factor, upsample.factor, upsample.resolution) == (1, 4, 4 * base.resolution)
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_goes_on_where_it_broke_off(server: type[Server], tmp_path: Path, ranges: bool) -> None:
     server.most = 1000
