@@ -213,6 +213,9 @@ def test_what_the_text_transformer_is_taught_tells_captions_apart(data: Path, va
 
     before = between()
     module.teach_text(model, captions, model.moments(images)[:, :4], config)
+    state = torch.load(tmp_path / "run" / "text.pt", weights_only=True)         # what goes on is the average
+    i = state["names"].index("text.final_layer_norm.weight")
+    assert torch.equal(model.text.final_layer_norm.weight, state["average"][i])
     assert between() > 4 * before  # features of variance 1 that differed in a digit or two, of 16 tokens
 
 
@@ -287,6 +290,18 @@ def test_what_is_written_is_the_average_not_the_last_weights(data: Path, vae: Pa
     assert not torch.equal(written, state["master"][i].half().float())
 
 
+def test_training_goes_on_from_the_masters_after_a_save(tmp_path: Path) -> None:
+    """The average is rounded once, from float32 to the file's float16, and not by way of the training's bfloat16."""
+    module, model = script("train_diffusion"), tiny_glide()
+    trainer = module.Trainer(module.networks(model), 1e-3, 10, 1, 0.9, torch.bfloat16)
+    for average in trainer.average:
+        average.add_(0.123)
+    module.export(model, trainer, tmp_path / "model.safetensors", torch.bfloat16, None)
+    assert all(torch.equal(w, master.bfloat16()) for w, master in zip(trainer.weights, trainer.master))
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written["out.2.bias"], trainer.average[trainer.names.index("unet.out.2.bias")].half())
+
+
 def test_of_all_saves_the_one_that_knows_held_out_pictures_best_is_written(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +334,20 @@ def test_held_out_pictures_are_judged_alike_without_their_captions(data: Path, v
     assert known.fixed_loss(model, schedule) == loss
     assert unknown.fixed_loss(model, schedule) == loss
     assert module.Pictures.of(model, -images, None, rows).fixed_loss(model, schedule) != loss
+
+
+def test_held_out_pictures_are_judged_by_512_different_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight batches of 64, whose generators give different numbers, and the mean of their losses."""
+    module, first = script("_lesson"), []
+
+    def loss(self: object, model: object, schedule: object, b: int, g: torch.Generator, dropout: float) -> torch.Tensor:
+        assert (b, dropout) == (64, 1.0)
+        first.append(torch.rand(1, generator=g).item())
+        return torch.tensor(float(len(first)))
+
+    monkeypatch.setattr(module.Pictures, "loss", loss)
+    assert module.Pictures(torch.zeros(1), None, None).fixed_loss(None, None) == 4.5         # the mean of 1 to 8
+    assert len(set(first)) == 8
 
 
 def test_captions_are_dropped_with_the_probability_that_was_set(
@@ -419,6 +448,20 @@ def test_a_signal_while_the_end_is_saved_is_not_lost(
     assert not (tmp_path / "vae" / "vae.safetensors").exists()
     module.main(vae_config(data, tmp_path / "vae", resume=True))
     assert same(vae / "vae.safetensors", tmp_path / "vae" / "vae.safetensors")
+
+
+@pytest.mark.parametrize("loss", [lambda w: (0 * w).sum().sqrt(), lambda w: w.sum() * math.nan])
+def test_a_step_without_a_finite_gradient_changes_no_weight(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """That of a root at 0 is none, though the root is 0."""
+    layer = torch.nn.Linear(3, 2, bias=False)
+    before = layer.weight.detach().clone()
+    trainer = script("_training").Trainer({"layer": layer}, 1e-3, 10, 1, 0.9)
+    trainer.update(loss(layer.weight))
+    assert all(torch.equal(w, before) for w in (layer.weight, trainer.master[0], trainer.average[0]))
+    assert trainer.step == 1
+    trainer.update(layer.weight.square().sum())
+    assert layer.weight.isfinite().all()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_a_training_that_explodes_stops_and_writes_nothing(data: Path, tmp_path: Path) -> None:
