@@ -29,7 +29,7 @@ from inversion.errors import InversionError
 from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from inversion.objective import Batch, loss_and_gradient
 from inversion.prompts import SLOT
-from models import Setting, outline
+from models import ModelError, Setting, outline
 from models import sliced_attention as slices
 from models.devices import choose_device
 from models.mapped import Mapped
@@ -56,9 +56,9 @@ def plan(
     None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
     None for all that make sense on the device, see `settings_for`.
 
-    Raises ModelError for a source that nothing is known of or that reads no text, a resolution that the model cannot
-    halve, a device other than a CPU or CUDA's, and float16 on a CPU; InversionError for a batch of none and for images
-    of more than `LARGEST` a side.
+    Raises ModelError for a source that nothing is known of, a model that reads no text, a resolution that the model
+    cannot halve, a device other than a CPU or CUDA's, and float16 on a CPU; InversionError for a batch of none and for
+    images of more than `LARGEST` a side.
     """
     return list(one_by_one(model, resolution, batch_size, device, settings))
 
@@ -104,6 +104,8 @@ def _asked(
     """The arguments of `plan`, understood: a model without weights, the device, the side of its images."""
     device = choose_device(device, must_be_there=False)
     shell = _shell(outline(model) if isinstance(model, str | Path) else model)
+    if not shell.width:
+        raise ModelError(f"{shell.source} is told classes: it reads no text, and so no word can be taught to it")
     if batch_size < 1:
         raise InversionError(f"batch_size must be at least 1, not {batch_size}")
     side = shell.resolution if resolution is None else resolution

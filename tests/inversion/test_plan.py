@@ -1,7 +1,9 @@
 """A plan tells before the run what the run takes: checked against real steps, followed by the same means."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from models.loading import EMBEDDED
 from models.mapped import Mapped
 from models.setting import place
 from models.streaming import CopyAtOnce, lent, parameters_of
-from tests.tiny import tiny_glide, tiny_model
+from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 CPU, GIB, SIMPLE = torch.device("cpu"), 2**30, Setting(torch.float32)
 LEVELS = ("none", "attention", "blocks")
@@ -337,6 +339,12 @@ def test_models_of_classes_learn_no_words(source: str) -> None:
         plan(source)
     with pytest.raises(ModelError, match="^(?!.*emoji-classes)"):
         plan("nowhere")
+
+
+@pytest.mark.parametrize("function", [plan, partial(drawing, setting=SIMPLE)])
+def test_a_loaded_model_of_classes_learns_no_words_either(function: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match="^tiny classes:0 is told classes: it reads no text"):
+        function(tiny_classes(), device="cpu")
 
 
 def test_what_cannot_be_planned() -> None:
