@@ -53,6 +53,15 @@ def test_without_noise_a_latent_is_the_scaled_mean(model: LatentModel) -> None:
     assert torch.equal(model.draw_x0(moments, torch.zeros(2, 4, 4, 4)), 0.18215 * moments[:, :4])
 
 
+def test_the_log_variance_of_a_latent_is_clamped(model: LatentModel) -> None:
+    """To [-30, 20], as CompVis/stable-diffusion does: an encoder's outlier is neither infinite nor nothing."""
+    logvar = torch.tensor([-100.0, -30.0, 20.0, 100.0])
+    moments = torch.cat([torch.zeros(4), logvar]).view(1, 8, 1, 1)
+    deviations = model.draw_x0(moments, torch.ones(1, 4, 1, 1)).flatten() / 0.18215
+    wanted = torch.tensor([-15.0, -15.0, 10.0, 10.0]).exp()
+    torch.testing.assert_close(deviations, wanted, rtol=1e-6, atol=0)                          # three float32 roundings
+
+
 def test_decoded_images_are_clamped(model: LatentModel) -> None:
     model.vae.decoder.conv_out.bias[:] = torch.tensor([5.0, -5.0, 0.0])
     images = model.decode(torch.randn(1, 4, 8, 8))
