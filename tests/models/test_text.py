@@ -46,6 +46,14 @@ def test_learned_rows_equal_an_extended_table_and_alone_get_its_gradient() -> No
     assert all(p.grad is None for p in text.parameters())
 
 
+def test_a_shorter_prompt_is_the_beginning_of_a_longer_one() -> None:
+    """Its positions are counted from the first: what is causal cannot know how much follows."""
+    torch.manual_seed(0)
+    text, ids = ClipText(TINY).double(), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    # other sizes of product, a few float64 roundings of numbers of order one
+    torch.testing.assert_close(text(ids[:, :3]).context, text(ids).context[:, :3], rtol=0, atol=1e-12)
+
+
 def test_later_tokens_cannot_change_earlier_features() -> None:
     torch.manual_seed(0)
     text: nn.Module = ClipText(TINY)
