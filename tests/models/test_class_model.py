@@ -27,9 +27,9 @@ PETS = ClassNames(("dog", "cat", "3"))
 
 class TestTokenizer:
     def test_names_numbers_and_the_empty_prompt(self) -> None:
-        tokens = ClassTokenizer(PETS).encode(["cat", "0", 2, "", "3"])
-        assert tokens.ids.tolist() == [[1], [0], [2], [3], [2]]           # the class called 3 goes before the number
-        assert tokens.mask.tolist() == [[True], [True], [True], [False], [True]]
+        tokens = ClassTokenizer(PETS).encode(["cat", "0", 0, 2, "", "3"])
+        assert tokens.ids.tolist() == [[1], [0], [0], [2], [3], [2]]      # the class called 3 goes before the number
+        assert tokens.mask.tolist() == [[True], [True], [True], [True], [False], [True]]
 
     @pytest.mark.parametrize("wrong", ["4", "owl", -1, 3, "-1", "", "²"])
     def test_a_class_that_there_is_not(self, wrong: str | int) -> None:
