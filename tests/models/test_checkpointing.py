@@ -99,13 +99,18 @@ def test_several_outputs_of_which_some_are_used() -> None:
         return x.sin() * c, (c * c).detach(), x.cos()
 
     x, c = numbers(4).requires_grad_(), numbers(4, seed=1).requires_grad_()
-    for which in ((0,), (2,), (0, 2)):
+    for which in ((0,), (2,), (0, 2), (0, 1)):
         wanted, found = (
             torch.autograd.grad(sum(outputs[i].sum() for i in which), (x, c), allow_unused=True)
             for outputs in (three(x, c), checkpoint(three, x, c))
         )
         assert torch.equal(found[0], wanted[0])
         assert (found[1] is None and wanted[1] is None) or torch.equal(found[1], wanted[1])
+
+
+def test_of_what_depends_on_no_input_there_is_no_gradient() -> None:
+    x = numbers(4).requires_grad_()
+    assert torch.autograd.grad(checkpoint(lambda x: x.detach().sin(), x).sum(), x, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("needs", [True, False])
