@@ -126,6 +126,18 @@ def test_in_bfloat16_the_kernels_of_a_doubling_are_summed_before_they_are_rounde
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=2**-6)
 
 
+@torch.no_grad()
+def test_in_bfloat16_a_sum_of_the_kernel_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single one on the map gives back the sums; of four numbers of bfloat16 float32 holds them."""
+    monkeypatch.setattr(bands, "is_large", lambda x: True)
+    layer, x = Upsample(CHANNELS), torch.zeros(1, CHANNELS, 5, 4).bfloat16()
+    randomise(layer.bfloat16())
+    layer.conv.bias.zero_()
+    x[0, 3, 2, 1] = 1
+    exact = F.conv2d(twice(x).double(), layer.conv.weight.double(), padding=1)
+    assert torch.equal(layer(x), exact.bfloat16())
+
+
 def test_small_maps_stay_whole() -> None:
     assert not bands.is_large(torch.empty(2, 960, 64, 64, dtype=torch.bfloat16))
     assert bands.is_large(torch.empty(1, 256, 256, 256, dtype=torch.bfloat16))
