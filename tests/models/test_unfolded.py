@@ -62,6 +62,19 @@ def test_small_maps_under_large_weights(
     assert not is_small(x.to("meta"), weight.to("meta"), (stride, stride), (padding, padding))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [((3, 5), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)), ((3, 3), (1, 2), (1, 1))]
+)
+def test_what_is_not_square_or_has_no_middle_is_left_to_torch(
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    x, weight = numbers(1, 64, 4, 4).requires_grad_(), numbers(64, 64, *kernel, seed=1)
+    y, wanted = conv2d(x, weight, None, stride, padding), F.conv2d(x, weight, None, stride, padding)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-11)                                  # 960 products of 1
+    (dx,), (exact,) = (torch.autograd.grad(each.sum(), x) for each in (y, wanted))
+    torch.testing.assert_close(dx, exact, rtol=0, atol=1e-11)
+
+
 def test_a_frozen_convolution_takes_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = numbers(1, 64, 4, 4).requires_grad_(), numbers(64, 64, 3, 3, seed=1)
     wanted = F.conv2d(x, weight, padding=1)
