@@ -1,5 +1,7 @@
 """Linear layers with what follows them, against the same in float64: nearer to it than one operation after another."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,14 @@ def test_geglu() -> None:
     found = linear_geglu(x, weight, bias)
     assert found.shape == (2, 96, 80)
     assert roundings(found, value * F.gelu(gate)) < 2.2      # the gate's, and its own; 4.2 one by one
+
+
+def test_the_gate_s_gelu_is_the_exact_one() -> None:
+    """Of -3 it is -3 Φ(-3) = -0.00405, where the approximation by tanh has -0.00364."""
+    bias = torch.tensor([1.0] * 16 + [-3.0] * 16).bfloat16()
+    found = linear_geglu(numbers(1, 4, 16), torch.zeros(32, 16).bfloat16(), bias)
+    wanted = torch.full((1, 4, 16), -1.5 * math.erfc(3 / math.sqrt(2)), dtype=torch.float64)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=0)                     # two roundings of 2^-9
 
 
 def test_only_where_no_gradient_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
