@@ -55,6 +55,31 @@ def test_a_hook_sees_each_layer_once_and_may_keep_what_it_saw(
         assert torch.equal(y, as_it_was), module
 
 
+@pytest.mark.parametrize("when", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("images", [1, 2])
+def test_every_kind_of_hook_is_called(images: int, when: str, everywhere: bool) -> None:
+    """A layer's own, and one of all modules. Of what comes of the time and the text alone no gradient goes back."""
+    network, calls = tiny_model().unet, []
+    leaves = {layer: name for name, layer in network.named_modules() if isinstance(layer, LEAVES)}
+    told = "time_embed", "emb_layers", "attn2.to_k", "attn2.to_v"
+    wanted = [name for name in leaves.values() if "backward" not in when or not any(part in name for part in told)]
+
+    def hook(layer: nn.Module, *_: object) -> None:
+        calls.append(leaves.get(layer))
+
+    if everywhere:
+        handles = [getattr(nn.modules.module, f"register_module_{when}_hook")(hook)]
+    else:
+        handles = [getattr(layer, f"register_{when}_hook")(hook) for layer in leaves]
+    try:
+        answer(network, images, recorded=True).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert sorted(name for name in calls if name) == sorted(wanted)
+
+
 def in_a_layer_around_it(layer: nn.Module) -> nn.Module:
     class Twice(nn.Module):
         def __init__(self) -> None:
