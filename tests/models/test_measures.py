@@ -4,20 +4,21 @@ With weights that want a gradient all operations are autograd's own, in the plai
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks._saved_bytes import SavedBytes
-from models import bands
+from models import attention, bands
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer, TransformerBlock
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.layers import Condition
 from models.unet import ResBlock, UNet, UNetConfig
-from tests.tiny import randomise
+from tests.tiny import randomise, tiny_model
 
 COMMON = {"num_heads": None, "head_channels": 16, "context_dim": 24}
 ADM = {"resblock_updown": True, "scale_shift": True}
@@ -134,6 +135,28 @@ def test_one_image_may_be_told_several_texts(kind: str, pooled: bool) -> None:
         weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
         mine, theirs = (torch.autograd.grad((y * weights).sum(), texts)[0] for y in (found, wanted))
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sliced", "fused", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_attention_takes_the_kernel_that_was_asked_for(
+    kind: str, kernel: AttentionKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, attend = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *qkv, kind: kernels.append(kind) or attend(*qkv, kind=kind))
+    unet, given = network(kind, torch.float32), inputs(torch.float32)
+    unet(given["x"], torch.tensor([3, 700]), given["context"], given["pooled"], attention=kernel)
+    each = {TransformerBlock: 2, ImageAttention: 1, JointAttention: 1}
+    assert kernels == [kernel] * sum(each.get(type(module), 0) for module in unet.modules())
+
+
+def test_a_model_asks_for_the_kernel_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, attend = set(), attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *qkv, kind: kernels.add(kind) or attend(*qkv, kind=kind))
+    model = replace(tiny_model(), attention="sliced")
+    model.predict(torch.ones(1, 4, 8, 8), torch.tensor([5]), model.encode_text(model.tokenizer.encode(["a dog"])))
+    assert kernels == {"sliced"}
+    assert model.setting.attention == "sliced"
 
 
 @pytest.mark.parametrize("images", [0, 3])
