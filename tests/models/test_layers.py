@@ -9,22 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from models import layers
+from models import frozen, layers
 from models import unet as unet_module
+from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.layers import (
     Condition,
     Conv2d,
     GroupNorm,
     Linear,
     NormSiLU,
+    Pointwise,
     Upsample,
     conv3x3,
     conv_plus,
+    half,
     plus,
     timestep_embedding,
     zero,
 )  # fmt: skip
-from models.unet import ResBlock
+from models.unet import ResBlock, UNet, UNetConfig
 from models.vae import Downsample, VAEConfig
 
 
@@ -106,6 +109,59 @@ def test_a_residual_block_is_told_the_time_that_way(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(unet_module, "conv_plus", lambda *args: calls.append(args) or conv_plus(*args))
     ResBlock(4, 4, 8, 2).requires_grad_(False)(torch.ones(3, 4, 6, 6), Condition(torch.ones(1, 8), None))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(6, 5), lambda: Linear(6, 5, bias=False), lambda: Pointwise(6, 5, 1)])
+def test_where_products_are_slow_a_frozen_linear_layer_is_a_convolution(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: it has the value and the gradient of the product. What learns stays autograd's own."""
+    monkeypatch.setattr(layers, "matrix_products_are_fast", lambda: False)
+    made, conv2d = [], frozen.conv2d
+    monkeypatch.setattr(frozen, "conv2d", lambda *args: made.append(conv2d(*args)) or made[-1])
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(2, 7, 6, requires_grad=True)
+    bias = None if layer.bias is None else layer.bias.double()
+    wanted = F.linear(x.double(), layer.weight.flatten(1).double(), bias)
+    for learns in layer.parameters():
+        layer.requires_grad_(False)
+        learns.requires_grad_()
+        assert torch.autograd.grad(layer(x).sum(), learns)[0].shape == learns.shape
+    assert not made
+    found = layer.requires_grad_(False)(x)
+    assert len(made) == 1
+    # float32 sums of six products of order one
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    (dx,), (exact,) = (torch.autograd.grad(y.square().sum(), x) for y in (found, wanted))
+    torch.testing.assert_close(dx, exact, rtol=0, atol=1e-4)
+    assert layer.double()(x.double()).dtype == torch.float64
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ResBlock(4, 4, 8, 2), ResBlock(4, 4, 8, 2, scale_shift=True), ImageAttention(4, 2, 2, True),
+        JointAttention(4, 6, 2, 2), SpatialTransformer(4, 6, 2, 2, 1, False), SpatialTransformer(4, 6, 2, 2, 1, True),
+    ],
+)  # fmt: skip
+def test_a_new_branch_is_silent(part: nn.Module) -> None:
+    """Its last layer starts at zero (openai/guided-diffusion, `zero_module`; Dhariwal & Nichol 2021)."""
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(part(x, Condition(torch.randn(2, 8), torch.randn(2, 3, 6))), x)
+
+
+def test_a_new_unet_predicts_zero() -> None:
+    unet = UNet(UNetConfig(3, 6, 8, (1, 2), 1, (1,), 2, context_dim=6, norm_groups=4))
+    assert unet(torch.randn(1, 3, 4, 4), torch.tensor([5]), torch.randn(1, 3, 6)).eq(0).all()
+
+
+def test_a_residual_block_that_resamples_does_so_to_both_of_its_branches() -> None:
+    """Of any widths, so that a shortcut of its own reads the map of the new size."""
+    block, x = ResBlock(4, 6, 8, 2, resample=half), torch.randn(1, 4, 6, 6)
+    shortcut = block.skip_connection
+    wanted = F.conv2d(F.avg_pool2d(x, 2), shortcut.weight, shortcut.bias)
+    torch.testing.assert_close(block(x, Condition(torch.ones(1, 8), None)), wanted)            # the other one is silent
 
 
 def test_a_shortcut_may_be_replaced() -> None:
