@@ -96,6 +96,16 @@ class TestModel:
             replace(tiny_classes(), **change)
 
 
+    def test_answers_of_a_channel_count_that_is_no_image_s(self) -> None:
+        model = tiny_classes()
+        with pytest.raises(ModelError, match="answers 4 channels: neither 3, nor 6 with a variance"):
+            replace(model, unet=UNet(replace(model.unet.config, out_channels=4)))
+
+    def test_neither_classes_nor_the_null_label(self) -> None:
+        with pytest.raises(ModelError, match="neither classes nor the null label"):
+            replace(tiny_classes(classes=()), null=False)
+        assert not tiny_classes(classes=()).guides_itself
+
     def test_an_upsampler_moves_along(self) -> None:
         model = replace(tiny_classes(), upsampler=tiny_classes(factor=4))
         assert model.to("meta") is model
