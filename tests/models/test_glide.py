@@ -170,6 +170,10 @@ class TestModel:
             replace(model, upsampler=replace(tiny_glide(factor=4), factor=8))
         with pytest.raises(ModelError, match="input channels"):
             replace(model, inpaints=True)
+        with pytest.raises(ModelError, match="output channels and twice an image's differ, 3 and 6"):
+            replace(model, unet=UNet(replace(model.unet.config, out_channels=3)))
+        with pytest.raises(ModelError, match="context and the text's width differ, 16 and 32"):
+            replace(model, unet=UNet(replace(model.unet.config, context_dim=16)))
         with pytest.raises(ModelError, match="vocabulary"):
             replace(model, tokenizer=GlideTokenizer.gpt2(24))
         with pytest.raises(ModelError, match="tokenizer's length and the text's differ, 12 and 24"):
