@@ -184,6 +184,10 @@ class TestPresets:
         }
         assert all(p.prediction in PREDICTIONS for p in PRESETS.values())
 
+    def test_stable_diffusion_is_drawn_as_its_script_does(self, model: LatentModel) -> None:
+        """scripts/txt2img.py of CompVis/stable-diffusion @ 21f890f: DDIM unless --plms, 50 steps, scale 7.5."""
+        assert [tuple(replace(model, family=name).sampling) for name in ("sd1", "sd2")] == [("ddim", 50, 7.5, 1.0)] * 2
+
     def test_an_untrained_model_is_frozen(self, model: LatentModel) -> None:
         assert not any(
             p.requires_grad for net in (model.unet, model.vae, model.text) for p in net.parameters()
