@@ -203,3 +203,22 @@ def test_a_frozen_weight_with_something_learned_added_to_it_learns(make: Callabl
         parametrize.register_parametrization(layer, "weight", Plus(layer.weight))
     found = torch.autograd.grad(network(x, *more), [layer.parametrizations.weight[0].learned for layer in layers], dy)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("make", [lambda: conv3x3(8, 8), lambda: GroupNorm(2, 8), lambda: NormSiLU(2, 8),
+                                  lambda: Upsample(8), lambda: Linear(8, 8)])  # fmt: skip
+def test_a_bias_learns_beside_a_frozen_weight(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network, x = make().double(), torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    biases = [weight for name, weight in network.named_parameters() if name.endswith("bias")]
+    wanted = torch.autograd.grad(network(x).square().sum(), biases)
+    network.requires_grad_(False)
+    for bias in biases:
+        bias.requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(network(x).square().sum(), biases), wanted)
+
+
+def test_transformers_are_as_deep_as_is_asked() -> None:
+    unet = UNet(UNetConfig(3, 3, 8, (1,), 1, (1,), 2, context_dim=6, transformer_depth=2, norm_groups=4))
+    depths = [len(part.transformer_blocks) for part in unet.modules() if isinstance(part, SpatialTransformer)]
+    assert depths == [2] * 4                                                # one down, the middle's, two up
