@@ -55,6 +55,18 @@ def test_a_hook_sees_each_layer_once_and_may_keep_what_it_saw(
         assert torch.equal(y, as_it_was), module
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_hook_of_one_layer_alone_sees_it_once(network: nn.Module, images: int) -> None:
+    """Where nothing is recorded, and two layers of which neither is heard go together."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, LEAVES):
+            seen: list[int] = []
+            handle = layer.register_forward_hook(lambda *args, seen=seen: seen.append(len(args[2])))
+            answer(network, images, recorded=False)
+            handle.remove()
+            assert seen == [images], name
+
+
 @pytest.mark.parametrize("when", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("images", [1, 2])
