@@ -15,7 +15,7 @@ import models
 from diffusion import Schedule
 from inversion import Concept, InversionError, Planned, drawing, fastest, plan, settings_for
 from inversion.choice import table
-from inversion.memory import LiveMemory, cpu_workspace
+from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from inversion.objective import Batch, loss_and_gradient
 from inversion.plan import HEAP, as_on
 from inversion.sizes import parsed, size
@@ -74,6 +74,44 @@ def test_operations_are_counted() -> None:
         memory.times = 7
         torch.ones(3, 4) @ torch.ones(4, 5)
     assert memory.flops == 8 * 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_convolution_copies_is_counted(backward: bool) -> None:
+    """oneDNN its weight in any case, both copy the maps that do not lie channels-last, and cuDNN such a weight, too."""
+    x, weight = torch.ones(2, 3, 8, 8), torch.ones(3, 3, 3, 3)
+    y = torch.ones(2, 3, 4, 4)                                                    # what a stride of 2 leaves of x
+    maps, kernel = (x.nbytes + y.nbytes if backward else 2 * x.nbytes), weight.nbytes
+    x_last, y_last, weight_last = (each.to(memory_format=torch.channels_last) for each in (x, y, weight))
+
+    def taken(workspace: Callable[..., int], x: Tensor, y: Tensor, weight: Tensor) -> int:
+        if backward:
+            return workspace(torch.ops.aten.convolution_backward.default, (y, x, weight))
+        return workspace(torch.ops.aten.convolution.default, (x, weight, None))
+
+    found = [
+        [taken(workspace, *given) for given in ((x, y, weight), (x_last, y_last, weight), (x_last, y_last, weight_last))]
+        for workspace in (cpu_workspace, cuda_workspace)
+    ]
+    assert found == [[maps + kernel, kernel, kernel], [maps + kernel, kernel, 0]]
+    assert cpu_workspace(torch.ops.aten.add.Tensor, (x, x)) == cuda_workspace(torch.ops.aten.add.Tensor, (x, x)) == 0
+
+
+def test_fused_attention_sums_a_gradient_in_float32() -> None:
+    q, k = torch.ones(1, 2, 8, 4, dtype=torch.float16), torch.ones(1, 2, 3, 4, dtype=torch.float16)
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    assert cuda_workspace(backward, (q, q, k, k)) == 4 * q.numel()
+
+
+def test_the_operations_of_attention_are_those_of_its_products() -> None:
+    """Forward q k^T and its product with v; backward the first again, and the gradients of q, k, v and the scores."""
+    q, k, v = (torch.ones(2, 3, n, 8, requires_grad=True) for n in (16, 5, 5))
+    product = 2 * 2 * 3 * 16 * 5 * 8
+    with LiveMemory("cpu") as memory:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        assert memory.flops == 2 * product
+        out.sum().backward()
+    assert memory.flops == (2 + 5) * product
 
 
 # --- against real steps
@@ -269,7 +307,8 @@ def test_settings_come_with_the_faster_first(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("6GiB", 6 * GIB), ("1.5 GiB", 3 * GIB // 2), ("800MiB", 800 * 2**20), ("2gb", 2 * 10**9), (" 512 KiB ", 2**19)],
+    [("6GiB", 6 * GIB), ("1.5 GiB", 3 * GIB // 2), ("800MiB", 800 * 2**20), ("2gb", 2 * 10**9), (" 512 KiB ", 2**19)]
+    + [("3MB", 3 * 10**6), ("4kB", 4000), ("70B", 70), ("1TiB", 2**40)],
 )
 def test_sizes_are_read(text: str, count: int) -> None:
     assert parsed(text) == count
@@ -288,7 +327,8 @@ def test_more_memory_than_there_is() -> None:
 
 
 def test_sizes_are_written() -> None:
-    assert [size(n) for n in (0, 800 * 2**20, GIB, 3 * GIB // 2)] == ["0 KiB", "800 MiB", "1.00 GiB", "1.50 GiB"]
+    written = {0: "0 KiB", 2**20: "1 MiB", 800 * 2**20: "800 MiB", GIB: "1.00 GiB", 3 * GIB // 2: "1.50 GiB"}
+    assert {n: size(n) for n in written} == written
 
 
 @pytest.mark.parametrize("count", [1, 1025, 2**20 - 1, 17 * 2**20 + 1, 1023 * 2**20 + 1, GIB + 1, 2_546_000_001])

@@ -19,6 +19,7 @@ import models
 from inversion import Concept, InversionError, Result, StepReport, TrainConfig, Training, train
 from inversion.objective import denoising_loss
 from inversion.trainer import state_file
+from inversion.training import step_generator
 from models import ModelError, TextFeatures, Tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -163,6 +164,12 @@ def test_every_step_draws_anew() -> None:
     for name in ("t", "draw", "noise"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_no_two_seeds_share_a_step_s_draws() -> None:
+    """Seeds 0 and 1 would, one step apart, if a step's seed were their sum."""
+    drawn = {torch.rand((), generator=step_generator(seed, step)).item() for seed in range(9) for step in range(99)}
+    assert len(drawn) > 0.99 * 9 * 99                                   # a few of 24 bits may be alike by chance
 
 
 def test_a_large_gradient_is_clipped() -> None:
