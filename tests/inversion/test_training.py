@@ -480,6 +480,8 @@ def test_the_best_vectors_are_kept_not_the_last(tmp_path: Path) -> None:
     training = Training(model, Concept.from_text(model, "<x>", "dog"), images(), TEMPLATES, FAST)
     for concept in (result.concept, Concept.load(file)):
         assert training.validation.loss("<x>", concept) == min(losses)
+        norm, cosine = concept.vectors.norm(), torch.cosine_similarity(concept.vectors, torch.tensor([START])).item()
+        assert (concept.metadata["norms"], concept.metadata["cosines_to_init"]) == (f"{norm:.4f}", f"{cosine:.4f}")
 
 
 def test_if_nothing_is_better_the_start_is_what_is_kept(tmp_path: Path) -> None:
