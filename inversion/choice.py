@@ -51,13 +51,11 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
     axes |= {name: [value] for name, value in fixed.items() if value is not None and name != "attention"}
     found, both = [], bool(fixed.get("offload") and fixed.get("checkpointing"))
     for dtype, checkpointing, offload in itertools.product(*axes.values()):
-        if fixed.get("offload") == "stream" and "checkpointing" in fixed:
-            Setting(dtype, checkpointing, offload=offload)          # says what does not go together
         fast = best_kind(torch.empty(0, dtype=dtype, device="cpu" if on_cpu else "meta"))
         slim = "fused" if fast == "sliced" else "sliced"
         kinds = [fast] if on_cpu and offload == "stream" else [fast, slim]
         for kind in [fixed["attention"]] if fixed.get("attention") else kinds:
-            if offload != "stream" or checkpointing == "blocks" or both:
+            if offload != "stream" or checkpointing == "blocks" or both:      # Setting says what does not go together
                 found.append(Setting(dtype, checkpointing, kind, offload))
     return found
 

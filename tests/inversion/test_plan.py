@@ -89,10 +89,8 @@ def test_what_a_convolution_copies_is_counted(backward: bool) -> None:
             return workspace(torch.ops.aten.convolution_backward.default, (y, x, weight))
         return workspace(torch.ops.aten.convolution.default, (x, weight, None))
 
-    found = [
-        [taken(workspace, *given) for given in ((x, y, weight), (x_last, y_last, weight), (x_last, y_last, weight_last))]
-        for workspace in (cpu_workspace, cuda_workspace)
-    ]
+    given = (x, y, weight), (x_last, y_last, weight), (x_last, y_last, weight_last)
+    found = [[taken(workspace, *each) for each in given] for workspace in (cpu_workspace, cuda_workspace)]
     assert found == [[maps + kernel, kernel, kernel], [maps + kernel, kernel, 0]]
     assert cpu_workspace(torch.ops.aten.add.Tensor, (x, x)) == cuda_workspace(torch.ops.aten.add.Tensor, (x, x)) == 0
 
@@ -275,6 +273,9 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     wide = entry(GIB, 1, torch.float32)
     assert fastest([slim, wide], 3 * GIB) is slim                               # the faster dtype comes first
     assert fastest([large, wide], 2 * GIB) is wide
+    first, hardly_less, less = entry(GIB, 1000), entry(GIB, 999), entry(GIB, 970)
+    assert fastest([first, hardly_less], GIB) is first                          # of equals, to a hundredth, the first
+    assert fastest([first, hardly_less, less], GIB) is less
 
 
 def test_a_budget_below_the_smallest_names_it() -> None:
@@ -303,6 +304,15 @@ def test_settings_come_with_the_faster_first(monkeypatch: pytest.MonkeyPatch) ->
     fixed = settings_for(torch.device("cuda"), dtype=torch.float32, attention="sliced", offload=None)
     assert {(each.dtype, each.attention) for each in fixed} == {(torch.float32, "sliced")}
     assert len({each.offload for each in fixed}) == 3
+    assert {each.attention for each in cpu if each.offload == "none"} == {"sliced", "fused"}
+    assert {each.attention for each in cuda if each.offload == "stream"} == {"fused", "sliced"}
+    monkeypatch.setattr("models.processor.capabilities", dict)
+    assert settings_for(CPU)[0].dtype == torch.float32                          # bfloat16 is slow without its unit
+
+
+def test_what_is_none_is_left_open() -> None:
+    cuda, streamed = torch.device("cuda"), {"offload": "stream"}
+    assert settings_for(cuda, **streamed, checkpointing=None) == settings_for(cuda, **streamed)
 
 
 @pytest.mark.parametrize(
