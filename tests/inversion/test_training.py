@@ -598,6 +598,14 @@ def test_a_vector_that_never_moves_stops_the_training(n: int | None, which: str)
         learn(Deaf(), n=n)
 
 
+def test_a_vector_of_which_a_number_never_moves_is_learned() -> None:
+    """As where a text transformer's weights are zero."""
+    model = Deaf()
+    model.heard = lambda n: torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    moved = learn(model).concept.vectors != torch.tensor([START])
+    assert moved.tolist() == [[True, True, True, False]]
+
+
 def test_a_gradient_that_never_reaches_the_vectors() -> None:
     model = Sum()
     model.predict = lambda x_t, t, features: torch.zeros_like(x_t)
