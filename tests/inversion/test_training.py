@@ -566,6 +566,13 @@ def test_a_loss_that_stays_non_finite_stops_and_says_why(tmp_path: Path) -> None
     assert Concept.load(file).metadata["steps"] == "4"  # the best until then
 
 
+def test_a_loss_that_is_not_finite_now_and_then_stops_nothing() -> None:
+    """Every second step: never two in a row, and more of them than end a training that has them in a row."""
+    poisoned = Poisoned(set(range(4, 28, 2)))                           # two calls validate the start
+    metrics = learn(poisoned, replace(FAST, steps=24, validate_every=24)).metrics
+    assert (metrics["steps"], metrics["skipped_steps"]) == (24, 12)
+
+
 def test_a_learning_rate_that_float32_cannot_hold(tmp_path: Path) -> None:
     """Such steps are passed over like a loss that is not finite."""
     result = learn(Sum(), replace(FAST, learning_rate=1e308, steps=3), file=tmp_path / "x.safetensors")
