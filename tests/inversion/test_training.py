@@ -409,6 +409,13 @@ def test_another_run_is_not_resumed(tmp_path: Path, config: TrainConfig, init: s
         learn(Sum(), config, init, file=tmp_path / "x.safetensors", resume=True)
 
 
+def test_another_word_is_another_run(tmp_path: Path) -> None:
+    model, file = Sum(), tmp_path / "x.safetensors"
+    learn(model, file=file)
+    with pytest.raises(InversionError, match="its placeholder is <x>, not <y>"):
+        train(model, Concept.from_text(model, "<y>", "dog"), images(), TEMPLATES, FAST, file=file, resume=True)
+
+
 def test_other_images_are_another_run(tmp_path: Path) -> None:
     model, file = Sum(), tmp_path / "x.safetensors"
     learn(model, file=file)
@@ -427,7 +434,8 @@ def test_other_templates_are_another_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "key"),
-    [("dtype", torch.bfloat16, "dtype"), ("schedule", {"name": "linear", "steps": 500}, "model")],
+    [("dtype", torch.bfloat16, "dtype"), ("schedule", {"name": "linear", "steps": 500}, "model")]
+    + [("family", "product", "family")],
 )
 def test_a_model_run_in_another_way_is_another_run(tmp_path: Path, name: str, value: Any, key: str) -> None:
     file, other = tmp_path / "x.safetensors", Sum()
