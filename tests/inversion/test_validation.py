@@ -5,7 +5,8 @@ from torch import Tensor
 from diffusion import Schedule
 from inversion import Concept
 from inversion.objective import denoising_loss, random_batch
-from inversion.validation import Validation
+from inversion.training import step_generator
+from inversion.validation import STREAM, Validation
 from models import LatentModel
 from tests.tiny import tiny_model
 
@@ -34,6 +35,11 @@ def test_nothing_is_random(model: LatentModel, moments: Tensor) -> None:
     torch.manual_seed(1)
     second = validation(model, moments)
     assert first == second.loss("<x>", concept) == second.loss("<x>", concept)
+
+
+def test_what_it_draws_no_step_draws() -> None:
+    """Of the largest seed that a training may have, and of more steps than anyone waits for."""
+    assert step_generator(2**32 - 1, 10**9).initial_seed() < STREAM < 2**63
 
 
 def test_every_image_meets_every_part_of_time(model: LatentModel, moments: Tensor) -> None:
