@@ -210,8 +210,20 @@ def test_one_image_for_all_or_one_for_each() -> None:
     assert generate(model, ["0.4", "0.4"], image=images, **options).shape == (2, 3, 16, 24)
     assert model.first[1].mean() - model.first[0].mean() > 0.5
     model.first = None
-    generate(model, ["0.4", "0.4"], image=images[1], **options)
+    generate(model, ["0.4", "0.4"], image=images[1], height=16, width=24, **options)
     assert abs(model.first[1].mean() - model.first[0].mean()) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_an_image_of_another_dtype_is_taken_in_float32(dtype: torch.dtype) -> None:
+    model, first = Model(), []
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for given in (image, image.float()):
+        model.first = None
+        generate(model, "0.4", image=given, scale=1.0, steps=10, strength=0.5, generator=3)
+        first.append(model.first)
+    assert first[0].dtype == torch.float32
+    assert torch.equal(*first)
 
 
 def test_concepts_are_bound_in_order() -> None:
