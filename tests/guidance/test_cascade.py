@@ -230,6 +230,14 @@ def test_a_cascade_refuses_an_image_that_it_cannot_reduce() -> None:
         generate(base, "a dog", steps=2, image=torch.zeros(3, 50, 50), mask=torch.ones(50, 50))
 
 
+def test_the_sides_asked_for_beside_a_mask_are_the_base_s() -> None:
+    base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
+    image, mask = torch.zeros(3, 64, 32), torch.ones(64, 32)
+    assert inputs.pictures(base, image, mask, 1, 16, 8).sides == (16, 8)
+    with pytest.raises(GuidanceError, match="the height of the image is 64, and the model draws a 4th of it, not 64"):
+        inputs.pictures(base, image, mask, 1, 64, None)
+
+
 def test_a_small_pixel_stays_if_all_that_it_covers_does() -> None:
     image, mask = torch.arange(16.0).view(1, 1, 4, 4) / 16, torch.ones(1, 1, 4, 4)
     mask[0, 0, 0, 1] = mask[0, 0, 3, 2] = 0

@@ -96,3 +96,17 @@ def test_what_an_older_run_saved_is_not_claimed(tmp_path: Path) -> None:
     with pytest.raises(InversionError, match="nothing needs less but a smaller resolution or batch$"):
         learn(model, file=file)
     assert state_file(file).read_text() == "an older run's"
+
+
+def test_what_was_to_be_resumed_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the images that are encoded again find no memory, nothing is written."""
+    file, model = tmp_path / "x.safetensors", tiny_model()
+    learn(tiny_model(), replace(FAST, steps=1), file=file)
+    place(model, Setting(torch.float32, "blocks", offload="stream"), torch.device("cpu"))     # without a plan
+
+    def moments(*args: Any) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(LatentModel, "moments", moments)
+    with pytest.raises(InversionError, match=r"the vectors so far are saved, .*x\.training\.pt can be resumed from$"):
+        learn(model, replace(FAST, steps=1), file=file, resume=True)
