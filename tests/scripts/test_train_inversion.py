@@ -449,6 +449,32 @@ def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
     assert [(side, batch, device.type, rest) for _, side, batch, device, rest in asked] == wanted
 
 
+def test_what_fits_is_what_the_run_gets(
+    script: ModuleType, config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, asked = models.Setting(torch.bfloat16, "attention", "sliced", "idle"), []
+    planned = [script.inversion.Planned(setting, 2**20, 1, 0)]
+    monkeypatch.setattr(script.inversion, "plan", lambda shell, *what: planned)
+    monkeypatch.setattr(script.inversion, "drawing", lambda shell, *what: asked.append(what) or 2**21)
+    given = replace(config, memory_budget="2MiB", device="cpu")
+    found = script.within_budget(given, script.outlined(config), 24, 3, drawn=5)
+    assert found == replace(given, dtype="bfloat16", checkpointing="attention", attention="sliced", offload="idle")
+    assert asked == [(setting, 24, 5, torch.device("cpu"))]
+    assert "drawing" not in capsys.readouterr().out                     # takes more than learning, and fits
+
+
+def test_the_flags_of_a_run_stand_for_a_setting(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script.how(config) == {}
+    assert script.how(replace(config, offload="stream")) == {"checkpointing": "blocks", "offload": "stream"}
+    wrong = {"checkpointing": "none", "offload": "stream"}              # which what loads or plans refuses
+    assert script.how(replace(config, **wrong)) == wrong
+    monkeypatch.setattr(models, "outline", lambda *what: what)
+    given = replace(config, model="x.ckpt", prediction="v_prediction")
+    assert script.outlined(given) == ("x.ckpt", "v_prediction")
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
