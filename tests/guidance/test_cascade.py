@@ -238,6 +238,11 @@ def test_the_sides_asked_for_beside_a_mask_are_the_base_s() -> None:
         inputs.pictures(base, image, mask, 1, 64, None)
 
 
+def test_an_upsampler_makes_multiples_of_its_factor() -> None:
+    with pytest.raises(GuidanceError, match=r"whose sides are multiples of 2, not \(32, 33\)"):
+        inputs.pictures(tiny_glide(factor=2), torch.zeros(3, 16, 16), None, 1, 32, 33)
+
+
 def test_a_small_pixel_stays_if_all_that_it_covers_does() -> None:
     image, mask = torch.arange(16.0).view(1, 1, 4, 4) / 16, torch.ones(1, 1, 4, 4)
     mask[0, 0, 0, 1] = mask[0, 0, 3, 2] = 0
