@@ -238,6 +238,12 @@ def test_the_sides_asked_for_beside_a_mask_are_the_base_s() -> None:
         inputs.pictures(base, image, mask, 1, 64, None)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 1, 16, 16)])
+def test_a_mask_has_one_channel_and_is_one_or_as_many_as_prompts(shape: tuple[int, ...]) -> None:
+    with pytest.raises(GuidanceError, match=r"the mask is .*, the image \(1, 3, 16, 16\)"):
+        inputs.kept(tiny_glide(inpaints=True), torch.zeros(3, 16, 16), torch.ones(shape), 1)
+
+
 def test_an_upsampler_makes_multiples_of_its_factor() -> None:
     with pytest.raises(GuidanceError, match=r"whose sides are multiples of 2, not \(32, 33\)"):
         inputs.pictures(tiny_glide(factor=2), torch.zeros(3, 16, 16), None, 1, 32, 33)
