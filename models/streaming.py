@@ -136,10 +136,9 @@ class Window:
         self.mapped = mapped(host, device)
         self.moves = copier is not None or not lies_there(itertools.chain(*host), device, dtype)
         size = max(extent(weights) for weights in host) if self.moves else 0
-        with torch.inference_mode(False):                        # it may be used elsewhere than where it was made
-            self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
-            beside = device.type == "cuda" and torch.cuda.is_available()
-            self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
+        self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
+        beside = device.type == "cuda" and torch.cuda.is_available()
+        self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
         self.held: list[tuple[int, list[Seen]] | None] = [None] * PLACES    # which layer lies there, and its weights
         self.tickets: list[Any] = [None] * PLACES
         self.last = -1                                           # the layer that was taken last
