@@ -199,4 +199,11 @@ def test_without_a_network_the_addresses_are_said(
     with pytest.raises(ModelError, match=r"http://127\.0\.0\.1:1/base\.pt cannot be fetched.*1/upsample\.pt"):
         models.load("glide")
     assert files(tmp_path) == []
+
+
+def test_of_two_files_the_one_that_the_server_lacks_is_named(server: type[Server], tmp_path: Path) -> None:
     del server.files["upsample.pt"]
+    said = r"/upsample\.pt cannot be fetched \(Not Found\): .* \(needed in all: [^,]*/upsample\.pt\)$"
+    with pytest.raises(ModelError, match=said):
+        models.load("glide")
+    assert files(tmp_path) == ["base.pt"]
