@@ -154,6 +154,10 @@ class TestPickles:
         with pytest.raises(ModelError, match=rf"^{tmp_path}/program\.pt is a TorchScript program"):
             read_pickle(tmp_path / "program.pt")
 
+    def test_names_that_are_no_text_become_it(self, tmp_path: Path) -> None:
+        torch.save({0: torch.zeros(1), "a": torch.ones(1)}, tmp_path / "file.pt")
+        assert open_tensors(tmp_path / "file.pt").keys() == tensor_names(tmp_path / "file.pt") == {"0", "a"}
+
     def test_other_things_than_tensors_by_name(self, tmp_path: Path) -> None:
         torch.save([1, 2], tmp_path / "list.pt")
         with pytest.raises(ModelError, match="holds a list"):
@@ -250,7 +254,9 @@ class TestFinding:
         index = {"metadata": {}, "weight_map": dict(zip(STATE, names))}
         (tmp_path / f"model.safetensors.index{dot}.json").write_text(json.dumps(index))
         assert self.found(tmp_path, variant) == names
-        assert_holds_state(find_weights(tmp_path, ("model",), variant).open())
+        weights = find_weights(tmp_path, ("model",), variant)
+        assert_holds_state(weights.open())
+        assert str(weights) == str(tmp_path)                            # what an error calls them: no shard is wrong
         (tmp_path / names[1]).unlink()
         with pytest.raises(ModelError, match=f"lacks the shard {names[1]}"):
             self.found(tmp_path, variant)
