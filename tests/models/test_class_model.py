@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 
 import models
 from models import ClassModel, ModelError
+from models.class_file import _published_classifier
 from models.class_model import ClassTokenizer
 from models.class_names import ClassNames
 from models.class_shapes import certain
 from models.classifier import Classifier, ClassifierConfig
-from models.files import metadata
-from models.presets import ADM, ADM_UPSAMPLERS, ClassPreset
+from models.files import metadata, open_tensors
+from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS, ClassPreset
 from models.unet import UNet, UNetConfig
 from models.weights import on_meta
 from tests.models.test_adm import manifest, shapes, tiny
@@ -124,6 +125,15 @@ class TestShapes:
         same = [key for key, of in (ADM | ADM_UPSAMPLERS).items() if found == _told(of, found)]
         assert same == [name]
 
+    @pytest.mark.parametrize("name", ADM_CLASSIFIERS)
+    def test_the_published_classifiers_are_recognised(self, name: str) -> None:
+        """By their blocks and their width, of which another has one in common with them."""
+        found = manifest(f"adm_{name}x{name}_classifier")
+        assert _published_classifier(found, Path("x.pt")) == ADM_CLASSIFIERS[name]
+        first = "input_blocks.0.0.weight"
+        with pytest.raises(ModelError, match=r"^x\.pt is none of guided-diffusion's published classifiers"):
+            _published_classifier(found | {first: (2 * found[first][0], *found[first][1:])}, Path("x.pt"))
+
     @pytest.mark.parametrize("updown", [False, True])
     @pytest.mark.parametrize("levels", [(1,), (1, 1), (1, 2, 2), (0.5, 1, 1, 2)])
     @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -188,6 +198,22 @@ class TestFiles:
         assert (model.unet.config.attention, model.unet.config.head_channels) == ("self", 16)
         assert torch.equal(model.unet.label_emb.weight, tiny_classes().unet.label_emb.weight)
 
+    def test_a_public_file_without_classes_has_met_nothing_else(self, tmp_path: Path) -> None:
+        model = models.load(bare(tiny_classes(classes=()), tmp_path / "x.pt"), config=SAID, device="cpu")
+        assert model.null
+        assert model.encode_text(model.tokenizer.encode([""])) == (None, None)
+
+    def test_dtypes_that_are_asked_for(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.safetensors"
+        models.save(tiny_classes(), path, dtype=torch.bfloat16)
+        assert {t.dtype for t in open_tensors(path).values()} == {torch.bfloat16}
+        assert models.load(path, "float64", "cpu").dtype == torch.float64
+        path = tmp_path / "y.safetensors"
+        models.class_file.write_classifier(named_classifier(), path, torch.bfloat16)
+        assert {t.dtype for t in open_tensors(path).values()} == {torch.bfloat16}
+        network = models.load_classifier(path, "float64", "cpu")
+        assert {p.dtype for p in network.parameters()} == {torch.float64}
+
     def test_an_upsampler_s_factor_is_asked_for_too(self, tmp_path: Path) -> None:
         path = bare(tiny_classes(factor=4), tmp_path / "x.pt")
         with pytest.raises(ModelError, match="with factor, how many times"):
@@ -227,6 +253,8 @@ class TestFiles:
         monkeypatch.setitem(ADM, "tiny", preset)
         again = models.load(bare(model, tmp_path / "x.pt"), device="cpu")
         assert (str(again.classes), again.null, again.schedule["steps"]) == ("0 to 2", False, 10)
+        again.schedule["steps"] = 20                                    # its own: the next one is as published
+        assert models.load(tmp_path / "x.pt", device="cpu").schedule["steps"] == 10
         assert models.load(tmp_path / "x.pt", device="cpu", config=SAID | {"resolution": 8}).resolution == 8
         with pytest.raises(ModelError, match=r"out\.2\.bias \(6,\) is missing"):
             models.load(_without(model, tmp_path / "y.pt", "out.2.bias"))
@@ -282,6 +310,7 @@ class TestFiles:
         changes = {
             "null is 1": {"null": 1}, "names differ, 3 and 1": {"classes": ["dog"]},
             "has a name of its own: 1, 2, 3": {"classes": [1, 2, 3]},
+            "its description: no schedule 'bad'": {"schedule": {"name": "bad"}},
             "resolution is 0": {"resolution": 0}, "factor is True": {"factor": True},
         }  # fmt: skip
         for words, change in changes.items():
