@@ -79,8 +79,9 @@ def test_a_classifier_of_another_size_or_channel_count() -> None:
     for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 16, 16)):
         with pytest.raises(ModelError, match=r"reads images \(3, 16, 16\)"):
             tiny()(wrong, torch.tensor([5]))
-    with pytest.raises(ModelError, match="multiple of 2"):
-        ClassifierConfig(tiny().config, 15)
+    for size in (15, 0, -2):
+        with pytest.raises(ModelError, match=f"a classifier of {size} pixels cannot .* multiple of 2"):
+            ClassifierConfig(tiny().config, size)
     with pytest.raises(ModelError, match="2 names for 5 classes: a, b"):
         Classifier(ClassifierConfig(tiny().config, 16), ClassNames(("a", "b")))
 
