@@ -152,6 +152,12 @@ class TestModel:
         with pytest.raises(ModelError, match="enlarges"):
             model.predict(x, t, features)
 
+    def test_images_are_float32_of_any_dtype_and_within_their_range(self) -> None:
+        model, x = tiny_glide(), torch.tensor([-1.5, 0.5, 2.0], dtype=torch.bfloat16).view(1, 3, 1, 1)
+        assert torch.equal(model.moments(x), torch.tensor([-1.5, 0.5, 2.0]).view(1, 3, 1, 1))
+        assert torch.equal(model.decode(x), torch.tensor([-1.0, 0.5, 1.0]).view(1, 3, 1, 1))
+        assert model.moments(x).dtype == model.decode(x).dtype == torch.float32
+
     def test_the_input_channels_in_their_order(self) -> None:
         image, mask = torch.full((1, 3, 4, 4), 0.5), torch.ones(1, 1, 4, 4)
         mask[..., 0] = 0
