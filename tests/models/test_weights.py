@@ -167,6 +167,13 @@ class TestDtype:
             choose_dtype(wanted, torch.float32, CPU)
 
 
+def test_a_dtype_that_is_asked_for_goes_before_that_of_a_network_that_waits() -> None:
+    network = text()
+    network.runs_in = torch.bfloat16
+    for asked, wanted in ((torch.float64, torch.float64), (None, torch.bfloat16)):
+        assert {t.dtype for t in gather(Part(network, LAYOUT), asked).values()} == {wanted}
+
+
 def test_a_written_file_says_that_it_is_of_torch(tmp_path: Path) -> None:
     """transformers 4 refuses metadata that do not."""
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"of": "ours"})
