@@ -187,6 +187,10 @@ class TestModel:
         with pytest.raises(ModelError, match="time embedding and the pooled text differ, 128 and 64"):
             replace(model, text=GlideText(replace(model.text.config, pooled_dim=64)))
 
+    def test_a_text_of_a_width_that_its_heads_do_not_divide(self) -> None:
+        with pytest.raises(ModelError, match="heads"):
+            replace(tiny_glide().text.config, heads=5)
+
     def test_an_upsampler_moves_along(self) -> None:
         model = replace(tiny_glide(), upsampler=tiny_glide(factor=4))
         assert model.to("meta") is model
