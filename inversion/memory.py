@@ -123,7 +123,8 @@ def cuda_workspace(operation: Any, arguments: tuple[Any, ...]) -> int:
 def _convolution(operation: Any, arguments: tuple[Any, ...]) -> tuple[list[Tensor], Tensor] | None:
     """The feature maps that a convolution reads and writes, and its weight; None for any other operation.
 
-    For sizes only: in place of what is written stands what has its size, or more.
+    For sizes only: in place of what is written stands another map, of as many bytes or more, or where channels are
+    added of fewer; that matters where a network begins, when hardly anything else is held.
     """
     if operation._overloadpacket is aten.convolution:
         x, weight = arguments[:2]
