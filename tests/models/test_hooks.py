@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import bands, fused_linear
 from models.attention import TransformerBlock
-from models.layers import Conv2d, Linear, Pointwise
+from models.layers import Conv2d, Linear, Pointwise, plus_conv
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 LEAVES = nn.Conv2d, nn.Conv1d, nn.Linear, nn.GroupNorm, nn.LayerNorm
@@ -57,8 +57,12 @@ def test_a_hook_sees_each_layer_once_and_may_keep_what_it_saw(
 
 @pytest.mark.parametrize("images", [1, 2])
 def test_a_hook_of_one_layer_alone_sees_it_once(network: nn.Module, images: int) -> None:
-    """Where nothing is recorded, and two layers of which neither is heard go together."""
-    for name, layer in network.named_modules():
+    """Where nothing is recorded, and two layers of which neither is heard go together. Of layers that end in the same
+    two names, as every attn1.to_q, the last.
+    """
+    kinds = {tuple(name.split(".")[-2:]): name for name, _ in network.named_modules()}
+    for name in kinds.values():
+        layer = network.get_submodule(name)
         if isinstance(layer, LEAVES):
             seen: list[int] = []
             handle = layer.register_forward_hook(lambda *args, seen=seen: seen.append(len(args[2])))
@@ -143,3 +147,14 @@ def test_a_layer_that_does_more_does_it_wherever_it_is(
     near = (1e-5 if wanted.dtype == torch.float32 else 0.03) * wanted.abs().max().item()
     for recorded in (False, True):
         torch.testing.assert_close(answer(network, images, recorded), wanted, rtol=0, atol=near)
+
+
+@torch.no_grad()
+def test_a_hook_of_a_shortcut_sees_a_map() -> None:
+    """Where maps lie channels-last, as real ones do, its product and the addition would be one."""
+    h, x = (torch.randn(2, 8, 4, 4).bfloat16().to(memory_format=torch.channels_last) for _ in range(2))
+    conv, seen = Conv2d(8, 8, 1).bfloat16(), []
+    wanted = h + conv(x)
+    conv.register_forward_hook(lambda layer, x, y: seen.append(y.shape))
+    assert torch.equal(plus_conv(h, conv, x), wanted)
+    assert seen == [(2, 8, 4, 4)]
