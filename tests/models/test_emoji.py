@@ -57,6 +57,12 @@ def test_it_knows_what_it_is(model: LatentModel) -> None:
     assert not model.tokenizer.is_word("<poodle>")
 
 
+def test_it_is_drawn_as_its_card_says(model: LatentModel) -> None:
+    card = " ".join((FOLDER / "README.md").read_text().split())
+    sampler, steps, scale, _ = model.sampling
+    assert f"Drawn by default with {steps} steps of {sampler.upper()} at a guidance scale of {scale:g}." in card
+
+
 def test_its_words_tell_its_pictures(
     model: LatentModel, training_set: tuple[Tensor, list[str], list[str]]
 ) -> None:
