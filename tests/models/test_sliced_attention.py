@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._saved_bytes import SavedBytes
-from models.attend import attend
+from models.attend import AttentionKind, attend
 from models.sliced_attention import slice_size, sliced_attention
 
 
@@ -98,6 +98,17 @@ def test_on_a_cpu_slices_of_several_heads_are_smaller() -> None:
     assert slice_size(q[:, :, :256], q) == (2, 256)
 
 
+def test_slices_of_some_heads_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three heads two fit, and the last one comes by itself."""
+    q, k, v, g = inputs(13, 7, torch.float64)
+    monkeypatch.setattr("models.sliced_attention.CPU_HEADS_BYTES", 2 * 13 * 7 * q.element_size())
+    assert slice_size(q, k) == (2, 13)
+    ours, theirs = sliced_attention(q, k, v), plain(q, k, v, False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)                               # as above
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
 def test_memory_is_bounded_by_a_slice() -> None:
     """Nothing but q, k and v is kept, and nothing larger than a slice's scores is made, forward or backward."""
     q, k, v, g = (x.to(torch.float32) for x in inputs(64, 48, torch.float64))
@@ -135,3 +146,21 @@ def test_a_slice_of_nothing_is_refused() -> None:
 def test_a_kernel_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match="auto, sliced, fused, mixed; 'slices' is none of them"):
         attend(*inputs(3, 3, torch.float32)[:3], kind="slices")
+
+
+@pytest.mark.parametrize("kind", ["auto", "sliced", "fused", "mixed"])
+def test_every_kernel_looks_back_only_if_it_is_told_to(kind: AttentionKind) -> None:
+    q, k, v, g = inputs(13, 13, torch.float64)
+    for causal in (False, True):
+        ours = attend(*(x.transpose(1, 2) for x in (q, k, v)), causal, kind).unflatten(2, (3, 5)).transpose(1, 2)
+        theirs = plain(q, k, v, causal)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)                           # as above
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["sliced", "fused", "mixed"])
+def test_of_no_keys_nothing_is_found(kind: AttentionKind) -> None:
+    """An empty sum: a context of no tokens adds nothing."""
+    q, k, v, _ = (x.transpose(1, 2) for x in inputs(5, 0, torch.float32))
+    assert torch.equal(attend(q, k, v, kind=kind), torch.zeros(2, 5, 15))
