@@ -1,16 +1,18 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from models import ClipTokenizer, LatentModel, ModelError, TextFeatures, presets, save
+from models import ClipTokenizer, GlideModel, LatentModel, ModelError, TextFeatures, presets, save
 from models.presets import PRESETS, TINY, untrained
 from models.text import ClipText
 from models.unet import UNet
 from models.unet_model import PREDICTIONS
 from models.vae import VAE
 from models.weights import on_meta
+from tests.tiny import tiny_glide, tiny_model
 
 
 @pytest.fixture
@@ -82,6 +84,25 @@ def test_only_learned_vectors_receive_a_gradient(model: LatentModel) -> None:
 def test_images_and_latents_keep_nothing_for_a_gradient(model: LatentModel) -> None:
     assert not model.decode(torch.randn(1, 4, 8, 8, requires_grad=True)).requires_grad
     assert not model.moments(torch.rand(1, 3, 16, 16, requires_grad=True)).requires_grad
+
+
+def test_text_and_images_are_brought_to_the_device(model: LatentModel) -> None:
+    """The meta device stands for a GPU: torch refuses to look up in, or convolve, what lies on two."""
+    assert model.to("meta").device.type == "meta"
+    features = model.encode_text(model.tokenizer.encode(["a <x>"], {"<x>": 2}), torch.zeros(2, 32))
+    found = features.context, model.moments(torch.zeros(1, 3, 16, 16)), model.decode(torch.zeros(1, 4, 8, 8))
+    assert {x.device.type for x in found} == {"meta"}
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+def test_a_token_s_vector_is_a_copy(make: Callable[[], LatentModel | GlideModel]) -> None:
+    """Of a text transformer that is trained, too: what is done to it reaches no table."""
+    model = make()
+    model.text.requires_grad_()
+    before = model.embedding(5).clone()
+    model.embedding(5).zero_()
+    assert torch.equal(model.embedding(5), before)
+    assert not model.embedding(5).requires_grad
 
 
 def test_times_may_lie_between(model: LatentModel) -> None:
