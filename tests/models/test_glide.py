@@ -167,8 +167,8 @@ class TestModel:
         assert torch.equal(small, torch.full((1, 3, 4, 4), -0.25))
 
     def test_a_small_image_of_another_size_is_refused(self) -> None:
-        with pytest.raises(ModelError, match="enlarges 4 times: a small image of 8x16 pixels is not that of 64x64"):
-            tiny_glide(factor=4).given((64, 64), torch.zeros(1, 3, 16, 8), None, None)
+        with pytest.raises(ModelError, match="enlarges 4 times: a small image of 8x16 pixels is not that of 64x32"):
+            tiny_glide(factor=4).given((32, 64), torch.zeros(1, 3, 16, 8), None, None)
 
     def test_parts_that_do_not_fit_each_other(self) -> None:
         model = tiny_glide()
