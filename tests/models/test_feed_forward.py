@@ -47,3 +47,31 @@ def test_tokens_that_would_be_copied_are_refused(block: nn.Module) -> None:
     """What is added to a copy would be lost."""
     with torch.no_grad(), pytest.raises(RuntimeError, match="view"):
         block.ff.add_in_parts(numbers(9, 2, 32, seed=1).transpose(0, 1), block.norm3)
+
+
+class Twice(nn.Module):
+    """A layer of the reader's own around one of ours."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)
+
+
+@torch.no_grad()
+def test_who_listens_sees_no_part_and_another_layer_is_called(
+    block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "PART_BYTES", 1)
+    monkeypatch.setattr(attention, "PART_ROWS", 7)
+    x, cond, seen = numbers(2, 9, 32, seed=1), Condition(torch.zeros(2, 1), numbers(2, 5, 24, seed=2)), []
+    alone = block(x, cond)
+    heard = block.ff.net[0].register_forward_hook(lambda layer, inputs, y: seen.append(y.shape))
+    torch.testing.assert_close(block(x, cond), alone, rtol=1e-12, atol=1e-12)                  # as above
+    assert seen == [(2, 9, 128)]
+    heard.remove()
+    block.ff.net[0] = Twice(block.ff.net[0])
+    block.ff.net[2].weight *= 0.5
+    torch.testing.assert_close(block(x, cond), alone, rtol=1e-12, atol=1e-12)
