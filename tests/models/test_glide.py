@@ -201,6 +201,7 @@ class TestModel:
     def test_a_size_that_cannot_be_halved(self, height: int, width: int) -> None:
         with pytest.raises(ModelError, match=f"{width}x{height} pixels .* multiples of 2"):
             tiny_glide().x0_shape(height, width)
+        assert tiny_glide().x0_shape(16, 32) == (3, 16, 32)
 
 
 class TestClipFiles:

@@ -55,6 +55,12 @@ def test_without_noise_a_latent_is_the_scaled_mean(model: LatentModel) -> None:
     assert torch.equal(model.draw_x0(moments, torch.zeros(2, 4, 4, 4)), 0.18215 * moments[:, :4])
 
 
+def test_a_latent_is_drawn_in_float32(model: LatentModel) -> None:
+    """From moments that were cached in half the room, too."""
+    moments, noise = torch.randn(1, 8, 4, 4), torch.randn(1, 4, 4, 4)
+    assert model.draw_x0(moments.bfloat16(), noise.bfloat16()).dtype == torch.float32
+
+
 def test_the_log_variance_of_a_latent_is_clamped(model: LatentModel) -> None:
     """To [-30, 20], as CompVis/stable-diffusion does: an encoder's outlier is neither infinite nor nothing."""
     logvar = torch.tensor([-100.0, -30.0, 20.0, 100.0])
@@ -134,8 +140,8 @@ class TestSizes:
         text = on_meta(lambda: ClipText(presets.SD1.text))
         model = LatentModel("sd1", *sd, text, ClipTokenizer.clip(), {}, "epsilon", 512, "meta")
         assert model.x0_shape(512, 768) == (4, 64, 96)
-        with pytest.raises(ModelError, match="multiples of 64, 512x512 for example"):
-            model.x0_shape(520, 512)
+        with pytest.raises(ModelError, match="700x520 pixels .* multiples of 64, 704x512 for example"):
+            model.x0_shape(520, 700)
 
 
 class TestReleasedEncoder:

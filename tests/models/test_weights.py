@@ -118,6 +118,8 @@ class TestStrictness:
     def test_a_long_list_is_cut(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
         said = self.refused({"x": torch.ones(1)}, saved[2])
         assert f"and {len(saved[1]) - 8} more are missing" in said
+        said = self.refused(saved[1] | {f"x{i}": torch.ones(1) for i in range(8)}, saved[2])
+        assert "x7 (1,) are not known" in said                          # eight are told of, and of no more
 
     def test_integers_are_no_weights(self, saved: tuple[ClipText, dict[str, Tensor], Path]) -> None:
         said = self.refused(saved[1] | {KEY: torch.ones(64, 32, dtype=torch.int8)}, saved[2])
