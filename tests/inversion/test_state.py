@@ -69,6 +69,11 @@ def test_the_best_is_kept_not_the_last() -> None:
     assert (state.best_loss, state.best_step, len(state.history)) == (1.0, 2, 4)
 
 
+def test_the_best_is_met_at_a_step_not_at_an_update() -> None:
+    state = State.start(torch.zeros(1, 4)).passed_over().updated(torch.ones(1, 4), 0.1, 1.0).validated(1.0, {})
+    assert (state.best_step, state.updates) == (2, 1)
+
+
 def test_progress_is_more_than_a_tenth_of_a_percent() -> None:
     state = State.start(torch.zeros(1, 4))
     for loss, stale in ((1.0, 0), (0.9995, 1), (0.9991, 2), (0.9985, 0), (2.0, 1)):
@@ -102,6 +107,8 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
         State.load(tmp_path / "s.pt", {"seed": 2, "steps": 3}, torch.Size([1, 4]))
     with pytest.raises(InversionError, match="belongs to another run: its steps is 3, not None"):
         State.load(tmp_path / "s.pt", {"seed": 1}, torch.Size([1, 4]))
+    with pytest.raises(InversionError, match="belongs to another run: its images is None, not 5"):
+        State.load(tmp_path / "s.pt", {"seed": 1, "steps": 3, "images": 5}, torch.Size([1, 4]))
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
@@ -118,7 +125,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         {"vectors": torch.zeros(2, 4)}, {"vectors": "x"}, {"mean": None}, {"best": torch.zeros(1, 4).double()},
         {"vectors": torch.full((1, 4), torch.nan)}, {"step": "3"}, {"step": 3}, {"losses": [1.0]}, {"more": 1},
         {"mean": torch.full((1, 4), torch.nan)}, {"square": torch.full((1, 4), -1.0)}, {"updates": 1}, {"scale": "a"},
-        {"history": (1,)},
+        {"history": (1,)}, {"updates": -1}, {"best": torch.full((1, 4), torch.nan)},
     ],
 )  # fmt: skip
 def test_a_state_that_cannot_be(tmp_path: Path, wrong: dict[str, Any]) -> None:
