@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from inversion import Concept, InversionError
+from inversion.concept import require_new_word
 from models import LatentModel
 from tests.tiny import tiny_classes, tiny_model
 
@@ -71,6 +73,11 @@ def test_a_placeholder_that_is_a_word_is_refused(model: LatentModel) -> None:
 def test_the_word_that_it_should_be_instead_is_another(model: LatentModel) -> None:
     with pytest.raises(InversionError, match=r"'<\|endoftext\|>' is already .*, such as '<endoftext>'"):
         Concept.from_text(model, "<|endoftext|>", "cat")
+
+
+def test_the_word_that_it_should_be_instead_is_new_too() -> None:
+    with pytest.raises(InversionError, match="such as '<frida>'$"):
+        require_new_word(SimpleNamespace(is_word={"dog", "<dog>"}.__contains__), "dog")
 
 
 @pytest.mark.parametrize("placeholder", ["", " <x>", "<x>\n", "{}"])
