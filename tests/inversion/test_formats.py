@@ -1,5 +1,6 @@
 """Files of every tool, from the reference cases (see tests/fixtures/embeddings/README.json)."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,15 @@ def test_what_a1111_says_of_itself_is_kept() -> None:
     assert metadata == {"steps": "499", "source": "v1-5-pruned-emaonly"}
 
 
+def test_what_a1111_leaves_open_is_not_said(tmp_path: Path) -> None:
+    """A file that was not trained there has no checkpoint; and a name that is no text is none."""
+    content = {"string_to_param": {"*": torch.ones(1, 8)}, "step": 0, "sd_checkpoint_name": None}
+    for name in (None, "", 5):
+        torch.save(content | {"name": name}, tmp_path / "frida.pt")
+        concept = Concept.load(tmp_path / "frida.pt")
+        assert (concept.placeholder, concept.metadata) == ("frida", {"steps": "0"})
+
+
 def test_a_word_can_be_renamed() -> None:
     assert Concept.load(FILES / "kohya.safetensors", placeholder="<frida>").placeholder == "<frida>"
 
@@ -107,6 +117,7 @@ def test_parameters_without_names_are_refused(params: object, tmp_path: Path) ->
         (torch.zeros(0), "are empty or not finite"),
         (torch.zeros(3, 0), "are empty or not finite"),
         (torch.zeros(2, 4, device="meta"), r"'<a>' is a tensor \(2, 4\) of torch.strided on meta, not"),
+        (torch.ones(2, 4).to_sparse(), r"'<a>' is a tensor \(2, 4\) of torch.sparse_coo on cpu, not"),
     ],
 )
 def test_tensors_that_are_no_vectors_are_refused(value: torch.Tensor, said: str, tmp_path: Path) -> None:
@@ -154,6 +165,16 @@ def test_the_family_that_a_file_names_wins_over_its_width(tmp_path: Path) -> Non
         Concept.load(tmp_path / "x.safetensors", width=768)
     with pytest.raises(InversionError, match="was learned with emoji; this model is emoji-glide: use"):
         Concept.load(tmp_path / "x.safetensors", width=160, family="emoji-glide")
+
+
+def test_families_go_by_their_published_names(tmp_path: Path) -> None:
+    families = {"glide": (512, "GLIDE"), "sd1": (768, "Stable Diffusion 1.x"), "sd2": (1024, "Stable Diffusion 2.x")}
+    for family, other in itertools.permutations(families, 2):
+        (width, learned), (needs, wanted) = families[family], families[other]
+        Concept("<x>", torch.zeros(1, width), {"family": family}).save(tmp_path / "x.safetensors")
+        said = rf"<x> in .*x\.safetensors was learned with {learned} and .* {width}; this model is {wanted} .* {needs}:"
+        with pytest.raises(InversionError, match=said):
+            Concept.load(tmp_path / "x.safetensors", width=needs, family=other)
 
 
 class Bomb:
