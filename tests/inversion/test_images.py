@@ -121,6 +121,20 @@ def test_hidden_images_are_hidden(tmp_path: Path) -> None:
         assert len(find_images(tmp_path)) == 1
 
 
+def test_a_folder_that_is_called_like_an_image_is_none(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    with pytest.warns(UserWarning, match=r"no readable image: b\.png"):
+        assert find_images(tmp_path) == [tmp_path / "a.png"]
+
+
+def test_of_many_files_eight_are_named(tmp_path: Path) -> None:
+    for i in range(11):
+        (tmp_path / f"{i:02d}.md").touch()
+    with pytest.raises(InversionError, match=r"only 00\.md, .*, 07\.md and 3 more: readable"):
+        find_images(tmp_path)
+
+
 def test_subfolders_are_read_only_when_asked(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "in" / "a.png")
