@@ -58,6 +58,25 @@ def test_a_comparison_holds_a_row_under_another(tmp_path: Path) -> None:
     assert heights[1] - heights[0] > 0.2
 
 
+def test_rows_need_not_be_of_one_length(tmp_path: Path) -> None:
+    """Four drawings, and six samples of either word."""
+    red, green, blue = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8)
+    comparison(tmp_path / "comparison.png", [("a", red[None]), ("b", torch.stack([green, blue]))], ["seed 0", "seed 1"])
+    red, green, blue = places(tmp_path / "comparison.png")
+    assert red[0] == pytest.approx(green[0], abs=0.01)                      # in the first column
+    assert green[0] < blue[0]
+
+
+def test_every_picture_stands_under_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, images = [], torch.zeros(2, 3, 8, 8)
+    monkeypatch.setattr("inversion.report._write", lambda figure, file: drawn.append(figure))
+    comparison(tmp_path / "comparison.png", [("images", images), ("before", images), ("learned", images)], ["a", "b"])
+    sheet(tmp_path / "sheet.png", images, ["red", "green"])
+    rows = [(row.get_suptitle(), [axes.get_title() for axes in row.axes]) for row in drawn[0].subfigs]
+    assert rows == [("images", ["", ""]), ("before", ["a", "b"]), ("learned", ["a", "b"])]
+    assert [axes.get_title() for axes in drawn[1].axes[:3]] == ["red", "green", ""]
+
+
 def test_there_is_no_half_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"loss": 1.0, "validation_loss": 1.0, "norms": [1.0], "cosines": [1.0]}
     drawn = []
