@@ -68,6 +68,12 @@ def test_sizes_are_rounded_and_workspaces_pass() -> None:
         del x
 
 
+def test_what_was_there_before_is_held() -> None:
+    memory, weight = LiveMemory("cpu"), torch.ones(1000)
+    memory.hold([weight, weight.view(10, 100)])
+    assert (memory.live, memory.peak) == (4000, 4000)
+
+
 def test_operations_are_counted() -> None:
     with LiveMemory("cpu") as memory:
         torch.ones(3, 4) @ torch.ones(4, 5)
@@ -276,6 +282,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     first, hardly_less, less = entry(GIB, 1000), entry(GIB, 999), entry(GIB, 970)
     assert fastest([first, hardly_less], GIB) is first                          # of equals, to a hundredth, the first
     assert fastest([first, hardly_less, less], GIB) is less
+    assert fastest([first, less, entry(GIB, 10**6)], GIB) is less               # a hundredth of the least, not the most
 
 
 def test_a_budget_below_the_smallest_names_it() -> None:
@@ -291,6 +298,9 @@ def test_the_table_marks_what_the_budget_allows() -> None:
     assert [line.split("  ")[-1].strip() for line in lines[1:]] == ["-", "<- fastest that fits", "fits"]
     assert "1.50" in lines[3]
     assert "fits" not in table(planned, 1)
+    streamed = Planned(Setting(torch.float16, "blocks", "sliced", "stream"), 3 * 2**20, 7, 5 * 2**20)
+    row = table([streamed]).splitlines()[1]
+    assert " ".join(row.split()) == "float16 blocks sliced stream 3 MiB 1.00 5 MiB"
 
 
 def test_settings_come_with_the_faster_first(monkeypatch: pytest.MonkeyPatch) -> None:
