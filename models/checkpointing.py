@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import get_gradient_edge
 
 from models.once import once_differentiable
 
@@ -31,8 +32,9 @@ def checkpoint(
 
     function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value. It
     may not change them in place: RuntimeError.
-    weights: what else it reads that may need a gradient: the parameters of its module. turn: a lock that is held from
-    the second run until the gradients are there.
+    weights: what else it reads that may need a gradient: the parameters of its module. Anything more that asks for one,
+    as what a hook brings along, would get none: RuntimeError in the backward pass.
+    turn: a lock that is held from the second run until the gradients are there.
     Gradients are those of function(*inputs), bit for bit where its operations repeat themselves; there is no second
     derivative. Checkpoints nest. Where nothing needs a gradient, the function is called and nothing is kept.
     """
@@ -91,8 +93,28 @@ class _Checkpoint(torch.autograd.Function):
             if not known:
                 return None, None, None, *(None for _ in saved)
             outputs, gradients = zip(*known)
+            _require_no_other_source(outputs, (*inputs, *saved[n:]))
             found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _require_no_other_source(outputs: Iterable[Tensor], known: Iterable[Tensor | None]) -> None:
+    """Raise RuntimeError if a gradient of the outputs would go anywhere but to the known tensors."""
+    seen = {get_gradient_edge(x).node for x in known if x is not None and x.requires_grad}
+    ahead = [get_gradient_edge(y).node for y in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if hasattr(node, "variable"):                                   # a leaf
+            raise RuntimeError(
+                f"a checkpointed part of a network reads a tensor {tuple(node.variable.shape)} that needs a gradient "
+                "and is neither its input nor a parameter of its module, as a hook's may be: the gradient would be "
+                'lost; run the network with checkpointing "none" and no offload, or make the tensor a parameter of '
+                "the module"
+            )
+        seen.add(node)
+        ahead += (before for before, _ in node.next_functions)
 
 
 def _as_it_is_now(tensors: Iterable[Tensor | None]) -> Callable[[], AbstractContextManager[None]]:

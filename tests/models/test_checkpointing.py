@@ -78,7 +78,7 @@ def test_autocast_is_that_of_the_first_time() -> None:
         return layer(x).float().square()
 
     with torch.autocast("cpu", torch.bfloat16):
-        plain, ours = both(x).sum(), checkpoint(both, x).sum()
+        plain, ours = both(x).sum(), checkpoint(both, x, weights=layer.parameters()).sum()
     assert torch.equal(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0])   # outside of the context
 
 
@@ -86,8 +86,8 @@ def test_autocast_is_that_of_the_first_time() -> None:
 def test_under_autocast_the_gradients_of_several_uses_are_added_as_without_it(leaf: bool) -> None:
     first, second, x = nn.Linear(32, 32), nn.Linear(32, 32), numbers(7, 32).requires_grad_()
     both = lambda x: first(x).float().sin() * second(x).float()  # noqa: E731
-    found = []
-    for run in (both, lambda x: checkpoint(both, x)):
+    weights, found = [*first.parameters(), *second.parameters()], []
+    for run in (both, lambda x: checkpoint(both, x, weights=weights)):
         with torch.autocast("cpu", torch.bfloat16):
             y = run(x if leaf else x * 1)
         found += torch.autograd.grad(y.sum(), x)
@@ -187,3 +187,34 @@ def test_weights_that_are_others_by_the_backward_pass_are_an_error(level: str) -
     with pytest.raises(RuntimeError, match="weights were changed"):
         y.sum().backward()
     unet(*given, checkpointing=level).sum().backward()
+
+
+@pytest.mark.parametrize("level", ["none", "attention", "blocks"])
+def test_what_a_hook_brings_along_gets_its_gradient_or_an_error(level: str) -> None:
+    """A word with a vector a layer of attention (Voynov et al. 2023, P+): all but the first were without a gradient,
+    and nothing was said.
+    """
+    unet, given = tiny_model().unet, (numbers(1, 4, 8, 8), torch.tensor([500]), numbers(1, 24, 32))
+    layers = [module.attn2 for module in unet.modules() if hasattr(module, "attn2")]
+    contexts = numbers(len(layers), 1, 24, 32).requires_grad_()
+    for layer, context in zip(layers, contexts):
+        layer.register_forward_pre_hook(lambda _, given, context=context: (given[0], context, given[2]))
+    y = unet(*given, checkpointing=level)
+    if level == "none":
+        (gradient,) = torch.autograd.grad(y.sum(), contexts)
+        assert gradient.flatten(1).any(dim=1).all()
+    else:
+        with pytest.raises(RuntimeError, match=r"reads a tensor \(\d, 1, 24, 32\) that needs a gradient"):
+            torch.autograd.grad(y.sum(), contexts)
+
+
+def test_weights_that_are_made_of_what_learns_are_no_error() -> None:
+    """Neither a parametrization, whose parameters are the module's own, nor a computed tensor that is handed over."""
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), numbers(2, 3).requires_grad_()
+    sources = [x, *layer.parameters()]
+    found = torch.autograd.grad(checkpoint(layer, x, weights=layer.parameters()).sum(), sources)
+    assert all(map(torch.equal, found, torch.autograd.grad(layer(x).sum(), sources)))
+    start = numbers(3).requires_grad_()
+    made = start.exp()
+    (found,) = torch.autograd.grad(checkpoint(lambda x: x * made, x, weights=[made]).sum(), start)
+    assert torch.equal(found, torch.autograd.grad((x * start.exp()).sum(), start)[0])
