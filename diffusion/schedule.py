@@ -53,7 +53,8 @@ class Schedule:
 
     name: one of `NAMES`. steps: T >= 1. beta_start, beta_end: for the two linear formulas only, 0 < beta < 1;
     None takes the published values. zero_terminal_snr: see the module.
-    betas, alphas_bar: (T,) float64 on the CPU. Raises DiffusionError for anything else.
+    betas, alphas_bar: (T,) float64 on the CPU. Everything is read from alphas_bar, and another table of T may take its
+    place: a schedule of one's own. Raises DiffusionError for anything else.
     """
 
     def __init__(
@@ -73,7 +74,6 @@ class Schedule:
             self.alphas_bar = _zero_terminal(self.alphas_bar)
             before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
             self.betas = 1 - self.alphas_bar / before
-        self._table = torch.cat([self.alphas_bar, torch.ones(1, dtype=torch.float64)])  # the index -1 reads 1
 
     def __repr__(self) -> str:
         zero = ", zero_terminal_snr=True" if self.zero_terminal_snr else ""
@@ -84,14 +84,16 @@ class Schedule:
         """alpha_bar at whole times.
 
         t: (B,) int64 in -1 … T - 1, on any device; -1 gives exactly 1. Returns (B,) float64 on the CPU.
-        Raises DiffusionError for times that are not whole or lie outside.
+        Raises DiffusionError for times that are no tensor, are not whole, or lie outside.
         """
+        if not isinstance(t, Tensor):
+            raise DiffusionError(f"times are a tensor (B,), one a sample, not {t!r}: a single one has its `level`")
         if t.is_floating_point():
             raise DiffusionError(f"the tables are read at whole times (int64), not at {t.dtype} ones")
         t = t.cpu().long()
         if t.numel() and not (int(t.min()) >= -1 and int(t.max()) < self.steps):
             raise DiffusionError(f"times {t.tolist()} must lie between -1 and {self.steps - 1}")
-        return self._table[t]
+        return torch.where(t < 0, 1.0, self.alphas_bar[t])
 
     def snr(self, t: Tensor) -> Tensor:
         """alpha_bar / (1 - alpha_bar). t: (B,) int64. Returns (B,) float64 on the CPU, infinite at t = -1.

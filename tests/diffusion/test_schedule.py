@@ -131,6 +131,7 @@ def test_snr() -> None:
         (lambda: Schedule("linear").alpha_bar(torch.tensor([1000])), "between -1 and 999"),
         (lambda: Schedule("linear").alpha_bar(torch.tensor([-2])), "between -1 and 999"),
         (lambda: Schedule("linear").alpha_bar(torch.tensor([0.5])), "whole times"),
+        (lambda: Schedule("linear").snr(500), "times are a tensor .*, not 500: a single one has its `level`"),
         (lambda: Schedule("linear").level(999.5), "between 0 and 999"),
         (lambda: Schedule("linear").level(-0.5), "between 0 and 999"),
         (lambda: Schedule("linear", zero_terminal_snr=True).level(998.5), "infinite sigma"),
@@ -152,3 +153,10 @@ def test_snr() -> None:
 def test_refused(make: object, sentence: str) -> None:
     with pytest.raises(DiffusionError, match=sentence):
         make()
+
+
+def test_another_table_is_read_everywhere() -> None:
+    """By levels, from which is drawn, and by whole times, at which is learned: the second kept the first table."""
+    schedule, own, t = Schedule("linear", steps=50), torch.linspace(0.9, 0.1, 50).double(), torch.tensor([30, -1])
+    schedule.alphas_bar = own
+    assert schedule.alpha_bar(t).tolist() == [schedule.level(30).alpha_bar, 1.0] == [own[30].item(), 1.0]
