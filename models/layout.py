@@ -61,7 +61,8 @@ def copy_into(weight: Tensor, source: Tensor) -> None:
         return
     rows = max(1, PART // weight[0].numel())
     for some, out in zip(source.split(rows), weight.permute(0, 2, 3, 1).flatten(1).split(rows)):
-        numbers = channels_last(some.float().reshape(len(some), -1, 1, 1))                     # (rows, C k k, 1, 1)
+        wide = some.to(torch.promote_types(some.dtype, torch.float32))
+        numbers = channels_last(wide.reshape(len(some), -1, 1, 1))                             # (rows, C k k, 1, 1)
         out.copy_(F.channel_shuffle(numbers, weight.shape[1]).flatten(1))                      # (rows, k k C)
 
 

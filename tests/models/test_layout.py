@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.frozen import conv2d
 from models.group_norm import frozen_group_norm
 from models.layers import plus
-from models.layout import LARGE, PART, channels_last, converted, laid_out
+from models.layout import LARGE, PART, channels_last, converted, copy_into, laid_out
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -63,6 +63,14 @@ def test_a_kernel_that_is_converted_on_a_cpu_comes_to_lie_channels_last(
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert found.dtype == wanted
     assert torch.equal(found, weight.to(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_copy_loses_no_digit_that_fits(dtype: torch.dtype) -> None:
+    source = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    kernel = torch.empty(6, 4, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    copy_into(kernel, source)
+    assert torch.equal(kernel, source.to(dtype))
 
 
 def test_what_is_no_kernel_or_is_not_converted_keeps_its_layout() -> None:
