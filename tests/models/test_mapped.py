@@ -2,6 +2,7 @@
 
 import gc
 import json
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -98,6 +99,24 @@ def test_a_weight_that_the_file_no_longer_holds_is_itself(path: Path) -> None:
     assert torch.equal(weight.anew(), numbers(0))
     path.unlink()
     assert torch.equal(weight.anew(), numbers(0))
+
+
+def test_a_weight_that_was_changed_before_is_itself(path: Path) -> None:
+    weight = open_tensors(path)["a"]
+    weight.mul_(2)
+    assert Mapped(weight, file_maps()).anew() is weight
+
+
+def test_a_map_of_a_file_s_end(tmp_path: Path) -> None:
+    """Which begins in the midst of the file, as maps do that the system has split."""
+    wanted, step = torch.arange(4.0 * mmap.ALLOCATIONGRANULARITY), mmap.ALLOCATIONGRANULARITY
+    (tmp_path / "x.bin").write_bytes(wanted.numpy().tobytes())
+    with (tmp_path / "x.bin").open("rb") as file:
+        end = mmap.mmap(file.fileno(), step, offset=2 * step, access=mmap.ACCESS_COPY)
+    weight = torch.frombuffer(end, dtype=torch.float32)
+    found = Mapped(weight, file_maps()).anew()
+    assert found.data_ptr() != weight.data_ptr()
+    assert torch.equal(found, wanted[step // 2 : 3 * step // 4])
 
 
 def test_a_weight_whose_file_was_cut_short_is_itself(path: Path) -> None:
