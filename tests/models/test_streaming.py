@@ -518,7 +518,7 @@ def test_settings_that_cannot_be() -> None:
     with pytest.raises(ModelError, match="it needs checkpointing blocks, not attention"):
         Setting(torch.float32, "attention", "auto", "stream")
     with pytest.raises(ModelError, match="offload is one of none, idle, stream; 'all' is none of them"):
-        models.load("emoji", device="cpu", offload="all")
+        models.load("no/such/model", device="cpu", offload="all")            # before anything is read, or fetched
     with pytest.raises(ModelError, match="checkpointing is one of none, attention, blocks; 'all' is none of them"):
         Setting(torch.float32, checkpointing="all")
     with pytest.raises(ModelError, match="attention is one of auto, sliced, fused, mixed; 'flash' is none of them"):
