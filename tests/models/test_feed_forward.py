@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models import attention
-from models.attention import GEGLU, TransformerBlock
+from models.attention import GEGLU, SpatialTransformer, TransformerBlock
 from models.layers import Condition
 from tests.tiny import randomise
 
@@ -75,3 +75,22 @@ def test_who_listens_sees_no_part_and_another_layer_is_called(
     block.ff.net[0] = Twice(block.ff.net[0])
     block.ff.net[2].weight *= 0.5
     torch.testing.assert_close(block(x, cond), alone, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_in_the_place_of_ours_is_called(block: nn.Module) -> None:
+    class Told(nn.Module):
+        def forward(self, x: Tensor, cond: Condition) -> Tensor:
+            return block(x, cond)
+
+    class Derived(TransformerBlock):
+        def forward(self, x: Tensor, cond: Condition) -> Tensor:
+            return block(x, cond)
+
+    transformer = SpatialTransformer(32, 24, 4, 8, 1, linear_proj=True).double()
+    randomise(transformer)
+    x, cond = numbers(2, 32, 3, 3, seed=1), Condition(torch.zeros(2, 1), numbers(2, 5, 24, seed=2))
+    transformer.transformer_blocks[0] = block
+    wanted = transformer(x, cond)
+    for other in (Told(), Derived(32, 24, 4).double()):
+        transformer.transformer_blocks[0] = other
+        torch.testing.assert_close(transformer(x, cond), wanted, rtol=1e-12, atol=1e-12)       # as above
