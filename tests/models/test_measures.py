@@ -159,6 +159,18 @@ def test_a_model_asks_for_the_kernel_that_it_was_given(monkeypatch: pytest.Monke
     assert model.setting.attention == "sliced"
 
 
+@pytest.mark.parametrize("kernel", ["sliced", "fused"])
+@pytest.mark.parametrize("kind", ["transformer", "joint"])
+def test_images_that_are_told_several_texts_each(kind: str, kernel: AttentionKind) -> None:
+    """One after another: two images and four texts are the two images twice."""
+    unet, given = network(kind, torch.float64), inputs(torch.float64)
+    x, t, context = given["x"], torch.tensor([3, 700]), torch.cat([given["context"], -given["context"]])
+    wanted = unet(torch.cat([x, x]), torch.cat([t, t]), context, attention=kernel)
+    for b, some in ((2, slice(4)), (1, slice(0, 4, 2))):
+        found = unet(x[:b], t[:b], context[some], attention=kernel)
+        torch.testing.assert_close(found, wanted[some], rtol=1e-12, atol=1e-12)     # float64, otherwise cut
+
+
 @pytest.mark.parametrize("images", [0, 3])
 def test_images_that_do_not_divide_the_texts(images: int) -> None:
     unet, given = network("transformer", torch.float32), inputs(torch.float32)

@@ -1,12 +1,21 @@
 """Looking up learned words: exact rows, and a gradient for them alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from models import ModelError
 from models.text import ClipText, ClipTextConfig, token_vectors
 
 TINY = ClipTextConfig(vocab_size=11, length=8, width=12, layers=2, heads=2, mlp_width=24)
+
+
+@pytest.mark.parametrize("heads", [0, -2, 5])
+def test_heads_that_do_not_divide_the_width(heads: int) -> None:
+    with pytest.raises(ModelError, match=f"12 wide cannot be divided among {heads} heads"):
+        replace(TINY, heads=heads)
 
 
 def test_ids_beyond_the_table_read_the_extra_rows() -> None:
