@@ -380,11 +380,12 @@ def test_a_copy_is_a_model_of_its_own(path: Path, dtype: str, copied: Any) -> No
 @pytest.mark.parametrize("how", [{"offload": "idle"}, STREAMED])
 def test_each_network_runs_in_its_own_dtype(tmp_path: Path, how: dict[str, Any]) -> None:
     """If none is asked for; the upsampler, too."""
-    model, glide = tiny_model(), tiny_glide()
+    model, glide, larger = tiny_model(), tiny_glide(), tiny_glide(factor=2)
     model.unet.bfloat16()
+    larger.unet.bfloat16()
     models.save(model, tmp_path / "latent")
     models.save(glide, tmp_path / "base.safetensors")
-    models.save(tiny_glide(factor=2), tmp_path / "upsample.safetensors", dtype=torch.bfloat16)
+    models.save(larger, tmp_path / "upsample.safetensors")
     images = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
     for dtype in (None, "float32"):
         wanted, found = (
@@ -397,6 +398,7 @@ def test_each_network_runs_in_its_own_dtype(tmp_path: Path, how: dict[str, Any])
         assert (context.dtype, found.dtype) == (torch.float32, wanted.dtype)
     cascade = models.load(tmp_path, None, "cpu", **how)
     assert (cascade.dtype, cascade.upsampler.dtype) == (torch.float32, torch.bfloat16)
+    assert cascade.upsampler.encode_text(cascade.tokenizer.encode(["a dog"])).context.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
