@@ -19,6 +19,7 @@ import models
 from diffusion import DiffusionError
 from guidance import GuidanceError, generate
 from inversion import Concept, InversionError, read_images
+from tests.disk import full_disk
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
@@ -87,11 +88,27 @@ def test_every_shade_is_rounded_to_itself_and_what_is_beyond_is_cut(script: Modu
     assert (pixels(tmp_path / "shades.png") == np.array([*range(256), 0, 255])[None, :, None]).all()
 
 
+def test_a_full_disk_leaves_the_picture_before(script: ModuleType, tmp_path: Path) -> None:
+    script.write_png(tmp_path / "x.png", torch.ones(3, 1, 1))
+    with full_disk(), pytest.raises(OSError, match="[Ff]ile"):
+        script.write_png(tmp_path / "x.png", torch.rand(3, 200, 200))
+    assert pixels(tmp_path / "x.png").tolist() == [[[255] * 3]]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_a_picture_is_named_after_a_prompt_of_any_script(folder: Path, script: ModuleType, tmp_path: Path) -> None:
     prompts = ("рыжая собака", "犬")
     script.main(script.Config(prompts, str(folder / "model"), steps=1, output=tmp_path / "out"))
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["00-рыжая-собака-seed0.png", "01-犬-seed0.png", "sheet.png"]
+
+
+def test_a_long_prompt_is_cut_to_a_file_s_name(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "draw", lambda config: iter([torch.zeros(1, 3, 16, 16)]))
+    script.main(script.Config(("a dog, " * 50,), output=tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"00-{'a-dog-' * 6}a-do-seed0.png"]
 
 
 def test_the_flags_draw_what_the_library_draws(folder: Path, script: ModuleType) -> None:
@@ -132,6 +149,7 @@ def test_an_upsampler_is_shown_the_image_in_small_and_each_picture_has_its_seed(
     sizes, drawn = [], []
 
     def generate(model: models.GlideModel, prompts: list[str], image: Tensor, **how: object) -> Tensor:
+        assert how["batch_size"] == 2                                # whose own is 8
         sizes.append(tuple(image.shape[2:]))
         drawn.extend(zip(prompts, how["generator"]))
         return torch.zeros(len(prompts), 3, 32, 32)
@@ -203,6 +221,18 @@ def test_a_word_that_nobody_learned_is_pointed_out(folder: Path, script: ModuleT
         warnings.simplefilter("error")
         script.read_concepts(concepts, tiny_model(), ("a <new>", "1 < 2 and 3 > 2"))
         script.read_concepts(concepts, tiny_model(), (90 * "very " + "<new>",))      # drawing says that it is cut off
+
+
+@pytest.mark.parametrize(
+    ("width", "family", "said"),
+    [(32, "glide", "learned with GLIDE; this model is tiny"), (48, "tiny", "vectors of width 48; .* needs 32")],
+)
+def test_a_word_of_another_model_is_refused(
+    script: ModuleType, tmp_path: Path, width: int, family: str, said: str
+) -> None:
+    Concept("<x>", torch.zeros(1, width), {"family": family}).save(tmp_path / "x.safetensors")
+    with pytest.raises(InversionError, match=said):
+        script.read_concepts((str(tmp_path / "x.safetensors"),), tiny_model(), ("a <x>",))
 
 
 def test_a_word_can_be_renamed_and_chosen_among_several(script: ModuleType, tmp_path: Path) -> None:
