@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import models
 from inversion import Concept, InversionError
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path / "photos" / f"{i}.png")
-    (path / "photos" / "1.txt").write_text("a photo of a large <frida>")
+    (path / "photos" / "2.txt").write_text("a photo of a large <frida>")
     return path
 
 
@@ -104,6 +105,19 @@ def test_a_run_in_which_no_step_was_better_says_so(
     assert "no step was better than the start, which is what was written" in capsys.readouterr().out
 
 
+def test_what_came_out_is_said_in_a_line(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(script, "loss_curve", lambda *what: drawn.append(what[1:]))
+    metrics = {"validation_loss_initial": 0.5, "validation_loss_best": 0.4, "validation_loss_caption": 0.45}
+    result = script.inversion.Result(Concept("<x>", torch.zeros(1, 4)), metrics | {"best_step": 1}, ({"step": 0},))
+    script.report(tmp_path, "a dog", result, script.TrainConfig())
+    said = "validation loss 0.5000 -> 0.4000 (-20.0%); of “a dog” as plain words 0.4500\n"
+    assert capsys.readouterr().out == said
+    assert drawn == [(({"step": 0},), ("a dog", 0.45))]
+
+
 def test_the_model_is_loaded_as_the_flags_say(
     script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +141,10 @@ def test_the_picture_holds_images_and_both_words_over_the_same_seeds(
     monkeypatch.setattr(
         script, "comparison", lambda _, rows, columns: drawn.update(rows=rows, columns=columns)
     )
+    load, loaded = script.load, []
+    monkeypatch.setattr(script, "load", lambda config, **how: loaded.append(how) or load(config, **how))
     script.main(replace(config, seed=7, learning_rate=0.3))
+    assert loaded == [{"upsampler": False}, {}]                             # which learns nothing, but draws
     (_, images), (before, first), (after, second) = drawn["rows"]
     assert drawn["columns"] == ["seed 7", "seed 8"]
     assert (before, after) == ("before: a photo of dog", "learned: a photo of <frida>")
@@ -142,10 +159,13 @@ def test_mirror_images_are_learned_from_only_when_asked(
     script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
+    told: list[list[list[str]]] = []
 
-    def stop(model: object, start: object, images: torch.Tensor, *args: object, **options: object) -> None:
+    def stop(
+        model: object, start: object, images: torch.Tensor, prompts: list[list[str]], *args: object, **options: object
+    ) -> None:
         seen.append(images)
-        assert len(args[0]) == len(images)
+        told.append(prompts)
         raise InversionError("stop")
 
     monkeypatch.setattr(script.inversion, "train", stop)
@@ -153,6 +173,8 @@ def test_mirror_images_are_learned_from_only_when_asked(
         with pytest.raises(InversionError, match="stop"):
             script.main(replace(config, flip=flip, output=config.output / str(i)))
     assert torch.equal(seen[1], torch.cat([seen[0], seen[0].flip(-1)]))
+    assert told[0][2] == ["a photo of a large {}"]                          # the caption of the third
+    assert told[1] == [*told[0], *told[0]]                                  # and of its mirror image
 
 
 def test_ctrl_c_saves_and_resume_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
@@ -238,6 +260,7 @@ def test_images_that_are_refused(
         ({"images": Path("nowhere")}, InversionError, "no folder of images at nowhere"),
         ({"model": "nowhere"}, ModelError, "nowhere"),
         ({"init": "none.safetensors"}, InversionError, "no embedding file"),
+        ({"samples": -1}, InversionError, "--samples is how many images .*, 0 or more, not -1"),
     ],
 )
 def test_flags_that_are_refused(
@@ -258,7 +281,7 @@ def test_a_template_without_a_slot_is_refused(script: ModuleType, config: Any, t
 def test_a_folder_of_another_run_is_refused(script: ModuleType, config: Any) -> None:
     config.output.mkdir()
     (config.output / "metrics.json").write_text("mine")
-    with pytest.raises(InversionError, match="already holds something: choose another --output"):
+    with pytest.raises(InversionError, match="already holds something: .* continue it with --resume FOLDER"):
         script.main(config)
     assert [path.read_text() for path in config.output.iterdir()] == ["mine"]
 
@@ -290,6 +313,20 @@ def test_a_place_that_cannot_be_written_is_refused(script: ModuleType, config: A
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InversionError, match="nothing can be written"):
             script.main(replace(config, output=output))
+
+
+def test_a_place_that_may_not_be_written_is_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = importlib.import_module("_runs")
+    (tmp_path / "file").touch()
+    with pytest.raises(InversionError, match=r"file being a file: choose another --sheet$"):
+        runs.require_place(picture=None, sheet=tmp_path / "file" / "x.png")
+    monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)          # who runs the tests may write anywhere
+    with pytest.raises(InversionError, match=rf"{tmp_path} being read-only: choose another --output$"):
+        runs.new_folder(tmp_path / "a" / "b", "frida")
+    with pytest.raises(InversionError, match=rf"{tmp_path} being read-only: choose another --sheet$"):
+        runs.require_place(sheet=tmp_path / "x.png")
 
 
 def test_an_upsampler_learns_no_word(script: ModuleType, config: Any, tmp_path: Path) -> None:
@@ -327,6 +364,33 @@ def test_what_cannot_be_resumed_is_refused(
     assert "2/2" not in bar
 
 
+def test_flags_are_read_as_they_were_written(
+    script: ModuleType, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, wrong = importlib.import_module("_runs"), {"samples": True, "schedule": "linear", "seed": 1.5}
+    runs.save_flags(tmp_path, config)
+    noted = json.loads((tmp_path / "run.json").read_text())
+
+    def again(**changed: object) -> Any:
+        runs.write_json(tmp_path / "run.json", noted | changed)
+        return runs.resumed(tmp_path, script.Config(resume=tmp_path))
+
+    assert again() == again(of_a_later_version=1) == config
+    assert again(learning_rate=1).learning_rate == 1
+    for key, value in wrong.items():
+        with pytest.raises(InversionError, match=f"is damaged: {key} cannot be {value!r}"):
+            again(**{key: value})
+    runs.write_json(tmp_path / "run.json", noted)
+    monkeypatch.chdir(config.images.parent)
+    assert runs.resumed(tmp_path, replace(config, images=Path("photos"))) == config             # given as it was
+    moved = replace(config, output=tmp_path)
+    assert runs.resumed(tmp_path, moved) == moved
+    (tmp_path / "run.json").write_text(json.dumps(noted)[:-1])
+    with pytest.raises(InversionError, match=r"it has no readable run\.json"):
+        runs.resumed(tmp_path, config)
+    assert [runs._fits(tuple[int, ...], value) for value in ((1, 2), (1, "2"), 1)] == [True, False, False]
+
+
 def test_a_run_is_resumed_from_another_folder(
     script: ModuleType, config: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +419,19 @@ def test_a_concept_s_file_is_noted_with_its_word_from_anywhere(
     assert noted == f"<b>={tmp_path / 'words' / 'two.safetensors'}"
 
 
+def test_a_word_is_no_file_of_its_name_and_a_file_s_name_may_hold_an_equals_sign(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = importlib.import_module("_runs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").mkdir()
+    for name in ("dog", "lr=1.pt"):
+        (tmp_path / name).touch()
+    assert [runs._from_anywhere(text) for text in ("emoji", "dog")] == ["emoji", "dog"]
+    assert runs.word_and_file("lr=1.pt") == (None, Path("lr=1.pt"))
+    assert runs.word_and_file("<a>=lr=1.pt") == ("<a>", Path("lr=1.pt"))
+
+
 def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_path: Path) -> None:
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     Concept("<old>", vectors).save(tmp_path / "old.safetensors")
@@ -369,6 +446,27 @@ def test_a_concept_s_file_can_be_the_start(script: ModuleType, config: Any, tmp_
     assert start.metadata["init"] == "white dog"
     with pytest.raises(InversionError, match="holds 2 vectors, not 3"):
         script.main(replace(config, vectors=3, output=tmp_path / "other"))
+
+
+def test_a_concept_s_file_must_be_of_the_model_s_family_and_say_which_word(
+    script: ModuleType, config: Any, tmp_path: Path
+) -> None:
+    Concept("<old>", torch.ones(1, 32), {"family": "glide"}).save(tmp_path / "old.safetensors")
+    with pytest.raises(InversionError, match="learned with GLIDE; this model is tiny"):
+        script.starting_concept(replace(config, init=str(tmp_path / "old.safetensors")), tiny_model(), 1)
+    save_file({"<a>": torch.zeros(1, 32), "<b>": torch.ones(1, 32)}, tmp_path / "two.safetensors")
+    start = script.starting_concept(replace(config, init=f"<b>={tmp_path / 'two.safetensors'}"), tiny_model(), 1)
+    assert (start.placeholder, start.vectors.sum()) == ("<frida>", 32)
+
+
+@pytest.mark.parametrize(
+    ("init", "at_least", "count"),
+    [("white dog", 5, 5), ("white dog", 1, 2), ("dog", 1, 1), ("dog " * 100, 1, 100)],     # longer than any file's name
+)
+def test_a_word_has_a_vector_a_token_and_as_many_as_suit_the_model(
+    script: ModuleType, config: Any, init: str, at_least: int, count: int
+) -> None:
+    assert len(script.starting_concept(replace(config, init=init), tiny_model(), at_least).vectors) == count
 
 
 def test_the_shipped_example_is_there(script: ModuleType) -> None:
@@ -428,6 +526,23 @@ def test_drawing_that_takes_more_than_the_budget_is_said(
     assert said not in capsys.readouterr().out
 
 
+def test_as_many_samples_are_planned_as_are_drawn_at_once(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def stop(config: Any, shell: Any, *sizes: int, drawn: int) -> None:
+        asked.append((*sizes, drawn))
+        raise InversionError("stop")
+
+    monkeypatch.setattr(script, "within_budget", stop)
+    monkeypatch.setattr(script, "PHOTOGRAPHS", replace(script.PHOTOGRAPHS, batch_size=5))
+    for samples in (0, 3, 9):
+        with pytest.raises(InversionError, match="stop"):
+            script.main(replace(config, resolution=32, samples=samples, memory_budget="1GiB"))
+    assert asked == [(32, 4, drawn) for drawn in (1, 3, 5)]                 # a side, and samples of a step
+
+
 def test_a_budget_chooses_the_fastest_that_fits_and_the_run_keeps_it(
     script: ModuleType, config: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,6 +576,18 @@ def test_what_fits_is_what_the_run_gets(
     assert found == replace(given, dtype="bfloat16", checkpointing="attention", attention="sliced", offload="idle")
     assert asked == [(setting, 24, 5, torch.device("cpu"))]
     assert "drawing" not in capsys.readouterr().out                     # takes more than learning, and fits
+
+
+def test_a_plan_knows_the_dtypes_that_a_flag_can_name(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = importlib.import_module("_memory").planned
+    monkeypatch.setattr(script.inversion, "plan", lambda *what: {setting.dtype for setting in what[-1]})
+    auto = replace(config, device="cuda", dtype="auto")
+    assert planned(auto, None, 16, 1) == {torch.float16}
+    assert planned(replace(auto, dtype=None), None, 16, 1) == {torch.float16, torch.float32}
+    with pytest.raises(ModelError, match="'float17' is no dtype"):
+        planned(replace(auto, dtype="float17"), None, 16, 1)
 
 
 def test_the_flags_of_a_run_stand_for_a_setting(
