@@ -17,7 +17,7 @@ from inversion import Concept, InversionError, Planned, drawing, fastest, plan, 
 from inversion.choice import table
 from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from inversion.objective import Batch, loss_and_gradient
-from inversion.plan import HEAP, as_on
+from inversion.plan import HEAP, _followed, as_on
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
 from models.attend import attend
@@ -254,6 +254,17 @@ def test_what_waits_is_not_on_the_device_but_comes_to_it() -> None:
     assert none.peak > idle.peak > stream.peak
     assert none.peak > unet > layers                     # and what it is predicted to take holds the weights
     assert none.cost < idle.cost < stream.cost
+
+
+def test_a_gpu_s_tensors_take_whole_blocks_and_its_convolutions_copy_as_cudnn_s_do() -> None:
+    """Blocks of 512 bytes; and of what lies channels-last nothing, where a CPU's would copy the weight."""
+    where, mode, memory = _followed(torch.device("cuda"))
+    with mode, memory:
+        empty = partial(torch.empty, dtype=torch.float16, device=where, memory_format=torch.channels_last)
+        held = [empty(1, 3, 8, 8), empty(4, 3, 3, 3)]                           # 384 and 216 bytes
+        held.append(torch.nn.functional.conv2d(*held, padding=1))               # 512
+        assert (memory.live, memory.peak) == (3 * 512, 3 * 512)
+    held.clear()
 
 
 def test_stable_diffusion_in_float16_fits_where_it_should() -> None:
