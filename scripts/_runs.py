@@ -132,4 +132,4 @@ def _as(hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, list):
         return tuple(value)
-    return Path(value) if value is not None and Path in options else value
+    return Path(value) if isinstance(value, str) and Path in options else value

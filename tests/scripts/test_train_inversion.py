@@ -367,7 +367,7 @@ def test_what_cannot_be_resumed_is_refused(
 def test_flags_are_read_as_they_were_written(
     script: ModuleType, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, wrong = importlib.import_module("_runs"), {"samples": True, "schedule": "linear", "seed": 1.5}
+    runs, wrong = importlib.import_module("_runs"), {"samples": True, "schedule": "linear", "images": 5, "seed": 1.5}
     runs.save_flags(tmp_path, config)
     noted = json.loads((tmp_path / "run.json").read_text())
 
