@@ -6,6 +6,7 @@ is never half a model.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from models.folder import read_folder, write_folder
 from models.glide import GlideModel
 from models.glide_file import cascade_files, read_cascade, read_glide, write_glide
 from models.glide_hub import CASCADES, load_cascade
+from models.glide_text import GlideText
 from models.heap import expect_large_blocks
 from models.hub import download, is_id
 from models.kinds import CLASSIFIER, GLIDE, GUIDED_DIFFUSION, kind_of
@@ -31,7 +33,10 @@ from models.offload import Offload
 from models.setting import Setting, place
 from models.single_file import SUFFIXES, read_single_file, write_single_file
 from models.streaming import my_turn
-from models.weights import STORED, choose_dtype
+from models.text import ClipText
+from models.unet import UNet
+from models.vae import VAE
+from models.weights import STORED, choose_dtype, on_meta
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED = {
@@ -146,10 +151,12 @@ def save(
     Tensors of the loaded file that no network uses go back to the layout that they came from: what went in comes out
     equal. dtype: what the networks' tensors are stored in, None for what they run in. A model folder at `path`, or
     behind it if that is a link, is replaced. Raises ModelError for anything else that is there, for one that holds the
-    working folder, for a released VAE, and for a model that the layout has no place for.
+    working folder, for a released VAE, for weights beside the networks' own, as a LoRA's, and for a model that the
+    layout has no place for.
     """
     if layout not in ("diffusers", "single"):
         raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")
+    _require_own_weights(model)
     if not isinstance(model, LatentModel):
         write = write_glide if isinstance(model, GlideModel) else write_class_model
         with my_turn:
@@ -160,3 +167,19 @@ def save(
     write = {"diffusers": write_folder, "single": write_single_file}[layout]
     with my_turn:
         write(model, Path(path), dtype)
+
+
+def _require_own_weights(model: Model) -> None:
+    """Raise ModelError for a network of other weights than its configuration tells of: no one could load it again."""
+    classes = {"unet": UNet, "vae": VAE, "text": GlideText if isinstance(model, GlideModel) else ClipText}
+    for name, network in model.networks().items():
+        usual, found = (
+            {weight: tuple(tensor.shape) for weight, tensor in each.state_dict().items()}
+            for each in (on_meta(partial(classes[name], network.config)), network)
+        )
+        if strange := sorted(found.items() - usual.items()) or sorted(usual.items() - found.items()):
+            weight, shape = strange[0]
+            raise ModelError(
+                f"the {name} of {model.source} is not as its configuration tells, by {weight} {shape} for example: "
+                "merge layers of your own into its weights, or take them out and save them by themselves"
+            )

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from models import LatentModel, ModelError, configs, presets
@@ -22,6 +22,7 @@ from models.vae import VAE
 from models.vocabulary import from_merges
 from models.weights import on_meta
 from tests.models.pipeline import Pipeline, assert_equal, assert_same_tensors, disturb
+from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 
 def as_list(setting: Any) -> Any:
@@ -449,3 +450,24 @@ def test_saving_over_a_model_leaves_its_neighbours_alone(tmp_path: Path) -> None
         models.save(model, tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old", "model.part"]
     assert (tmp_path / "model.old" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide, tiny_classes])
+def test_layers_of_ones_own_are_not_saved_as_if_they_could_be_loaded(
+    tmp_path: Path, make: Callable[[], models.loading.Model]
+) -> None:
+    """A file was written that was refused when it was read, perhaps in the place of a good one."""
+    model, path = make(), tmp_path / "model.safetensors"
+    models.save(model, path)
+    layer = model.unet.time_embed[0]
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ModelError, match="the unet of tiny.* is not as its configuration tells, by time_embed.0.param"):
+        models.save(model, path)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    model.unet.time_embed.adapter = nn.Linear(3, 3)
+    with pytest.raises(ModelError, match=r"by time_embed.adapter.bias \(3,\) for example"):
+        models.save(model, path)
+    del model.unet.time_embed.adapter, model.unet.time_embed[2].bias
+    with pytest.raises(ModelError, match=r"by time_embed.2.bias \(128,\) for example"):
+        models.save(model, path)
+    assert list(models.load(path).unet.state_dict()) == list(make().unet.state_dict())
