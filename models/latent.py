@@ -107,7 +107,10 @@ class LatentModel(UNetModel):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance."""
+        """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance.
+
+        No gradient goes through here, nor through `decode`: through `vae.encode` and `vae.decode` it does.
+        """
         self._require_encoder()
         with present(self, self.vae):
             return at_least_float32(self.vae.encode(images.to(self.vae.quant_conv.weight)))
@@ -118,7 +121,7 @@ class LatentModel(UNetModel):
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1]."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1]. No gradient, see above."""
         self._require_encoder()
         with present(self, self.vae):
             return at_least_float32(self.vae.decode(x0.to(self.vae.quant_conv.weight))).clamp(-1.0, 1.0)
