@@ -118,7 +118,8 @@ class ClipTokenizer:
 
         placeholders: exact word -> its number of vectors; their ids follow each other from vocab_size on in
         the mapping's order. A longer placeholder is preferred to a shorter one, and none is seen inside a
-        word. What does not fit is cut before the end token, with a UserWarning that quotes it.
+        word. What does not fit is cut before the end token, with a UserWarning that quotes it. Raises ModelError for a
+        text that is not in a list.
         """
         placeholders = dict(placeholders or {})
         rows = expanded(texts, placeholders, self.vocab_size, self.tokens_of)
@@ -131,8 +132,11 @@ def expanded(
 ) -> list[list[int]]:
     """The ids of texts: what stands between placeholders by `ids_of`, each placeholder as its own, from vocab_size on.
 
-    A space before a placeholder is not handed to `ids_of`: it would be one before nothing.
+    A space before a placeholder is not handed to `ids_of`: it would be one before nothing. Raises ModelError for one
+    text that is in no list, every character of which would be a prompt.
     """
+    if isinstance(texts, str):
+        raise ModelError(f"prompts are a list of texts: put {texts!r} in brackets")
     starts = accumulate(placeholders.values(), initial=vocab_size)
     known = {name: range(start, start + placeholders[name]) for name, start in zip(placeholders, starts)}
     pattern = placeholder_pattern(placeholders)

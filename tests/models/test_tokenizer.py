@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import ClipTokenizer, ModelError
+from models.glide_tokenizer import GlideTokenizer
 from models.vocabulary import BYTE_TOKENS, Vocabulary, clip_vocabulary
+from tests.tiny import tiny_glide_tokenizer, tiny_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 AWKWARD = [
@@ -279,3 +281,10 @@ def test_a_byte_that_a_vocabulary_lacks_is_read_as_the_end_token_as_transformers
     small.save(tmp_path)
     expected = CLIPTokenizer.from_pretrained(tmp_path)("a b a", padding="max_length", max_length=8).input_ids
     assert small.encode(["a b a"]).ids[0].tolist() == expected
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_glide_tokenizer()])
+def test_a_text_that_is_in_no_list(tokenizer: ClipTokenizer | GlideTokenizer) -> None:
+    """It was as many prompts as it has characters, and one image was told all of them."""
+    with pytest.raises(ModelError, match=r"prompts are a list of texts: put 'a dog' in brackets"):
+        tokenizer.encode("a dog")
