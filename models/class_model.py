@@ -42,8 +42,10 @@ class ClassTokenizer:
     def encode(self, texts: Sequence[str | int], placeholders: Mapping[str, int] | None = None) -> Tokens:
         """Names or numbers of classes, "" for none, to ids (B, 1).
 
-        Raises ModelError for a class that there is not, and for a learned word.
+        Raises ModelError for a class that there is not, for one that is in no list, and for a learned word.
         """
+        if isinstance(texts, str):
+            raise ModelError(f"classes are a list of names or numbers: put {texts!r} in brackets")
         if placeholders:
             raise ModelError(f"a model of classes reads no words, and so no learned ones: {', '.join(placeholders)}")
         ids = torch.tensor([[self.null if text == "" else self.classes.index(text)] for text in texts])

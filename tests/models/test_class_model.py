@@ -328,3 +328,9 @@ def named_classifier() -> Classifier:
 def _without(model: ClassModel, path: Path, name: str) -> Path:
     torch.save({key: value for key, value in model.unet.state_dict().items() if key != name}, path)
     return path
+
+
+def test_a_class_that_is_in_no_list() -> None:
+    """The class 12 was the classes 1 and 2."""
+    with pytest.raises(ModelError, match="classes are a list of names or numbers: put '12' in brackets"):
+        tiny_classes().tokenizer.encode("12")
