@@ -454,7 +454,8 @@ class TestNames:
         assert model.source == "emoji"
 
     @pytest.mark.parametrize(
-        "source", ["no such thing", "no/such/folder", "./a/b", "./a", "../a", "missing.safetensors", "emojis"]
+        "source",
+        ["no such thing", "no/such/folder", "./a/b", "./a", "../a", "missing.safetensors", "a/missing.ckpt", "emojis"],
     )
     def test_nothing_of_that_name(self, source: str) -> None:
         with pytest.raises(ModelError, match=r"there is no (file|folder)"):
