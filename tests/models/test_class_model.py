@@ -211,6 +211,8 @@ class TestFiles:
         path = tmp_path / "y.safetensors"
         models.class_file.write_classifier(named_classifier(), path, torch.bfloat16)
         assert {t.dtype for t in open_tensors(path).values()} == {torch.bfloat16}
+        with pytest.raises(ModelError, match=r"which draws nothing: it is loaded by models\.load_classifier"):
+            models.load(path, device="cpu")
         network = models.load_classifier(path, "float64", "cpu")
         assert {p.dtype for p in network.parameters()} == {torch.float64}
 
