@@ -17,7 +17,7 @@ from inversion import Concept, InversionError, Planned, drawing, fastest, plan, 
 from inversion.choice import table
 from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from inversion.objective import Batch, loss_and_gradient
-from inversion.plan import HEAP, _followed, as_on
+from inversion.plan import CUBLAS, HEAP, _followed, as_on
 from inversion.sizes import parsed, size
 from models import ModelError, Setting
 from models.attend import attend
@@ -254,6 +254,13 @@ def test_what_waits_is_not_on_the_device_but_comes_to_it() -> None:
     assert none.peak > idle.peak > stream.peak
     assert none.peak > unet > layers                     # and what it is predicted to take holds the weights
     assert none.cost < idle.cost < stream.cost
+
+
+def test_half_the_bits_take_half_the_memory() -> None:
+    """All but the word and the noise, which are float32, and the workspace of cuBLAS; here encoding takes the most."""
+    settings = [Setting(torch.float16), Setting(torch.float32)]
+    half, full = (each.peak - CUBLAS for each in plan(tiny_model(), 16, 1, "cuda", settings))
+    assert full / 2 <= half < 0.55 * full
 
 
 def test_a_gpu_s_tensors_take_whole_blocks_and_its_convolutions_copy_as_cudnn_s_do() -> None:
