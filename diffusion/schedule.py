@@ -53,8 +53,9 @@ class Schedule:
 
     name: one of `NAMES`. steps: T >= 1. beta_start, beta_end: for the two linear formulas only, 0 < beta < 1;
     None takes the published values. zero_terminal_snr: see the module.
-    betas, alphas_bar: (T,) float64 on the CPU. Everything is read from alphas_bar, and another table of T may take its
-    place: a schedule of one's own. Raises DiffusionError for anything else.
+    betas, alphas_bar: (T,) float64 on the CPU. Levels and the process read alphas_bar alone, and another table of T may
+    take its place: a schedule of one's own, of which betas and repr know nothing. Raises DiffusionError for other
+    arguments.
     """
 
     def __init__(
