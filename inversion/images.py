@@ -62,14 +62,17 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     return images
 
 
-def read_images(files: Sequence[Path], size: int) -> Tensor:
+def read_images(files: Sequence[str | Path], size: int) -> Tensor:
     """Decode, turn, crop and resample.
 
     Returns (N, 3, size, size) float32 in [-1, 1]. One warning names the images that are enlarged more than
-    twofold. Raises InversionError for a file that is damaged, or smaller than 16 pixels on a side.
+    twofold. Raises InversionError for a file that is damaged, or smaller than 16 pixels on a side, and for a path in
+    the place of a list.
     """
+    if isinstance(files, (str, Path)):
+        raise InversionError(f"images are read from a list of files: take find_images({str(files)!r})")
     pixels, small = [], []
-    for file in files:
+    for file in map(Path, files):
         image = _decode(file)
         side = min(image.size)
         if side < SMALLEST_SIDE:

@@ -98,13 +98,13 @@ def read_templates(choice: str) -> list[str]:
     return templates
 
 
-def templates_for(files: Sequence[Path], templates: Sequence[str], placeholder: str) -> list[list[str]]:
+def templates_for(files: Sequence[str | Path], templates: Sequence[str], placeholder: str) -> list[list[str]]:
     """The templates of each image: its caption where a .txt of the same stem lies beside it, else all of them.
 
     A caption names the word by its placeholder, or by a slot. Raises InversionError for a caption with neither.
     """
     found = []
-    for file in files:
+    for file in map(Path, files):
         beside = file.with_suffix(".txt")
         if not beside.is_file():
             found.append(list(templates))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLUMNS = 8     # of a sheet
 
 
-def loss_curve(file: Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None) -> None:
+def loss_curve(file: str | Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None) -> None:
     """Draw validation and training losses, and each vector's norm and cosine to its start, into a PNG.
 
     history: as `Result.history`. caption: the concept's plain words and their loss, drawn as a line to beat.
@@ -39,13 +39,13 @@ def loss_curve(file: Path, history: Sequence[dict[str, Any]], caption: tuple[str
     vectors.plot([], [], "-", color="tab:blue", label="norm")
     vectors.plot([], [], "--", color="tab:blue", label="cosine to the start")
     vectors.set(xlabel="step", title="learned vectors")
-    vectors.legend()
+    vectors.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)     # curves may be anywhere
     for axes in (losses, vectors):
         axes.locator_params(axis="x", integer=True)
     _write(figure, file)
 
 
-def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
+def comparison(file: str | Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
     """Draw rows of images under their labels into a PNG.
 
     rows: (label, images (K, 3, H, W) in [-1, 1]), K of each row's own. columns: what stands above the columns
@@ -67,7 +67,7 @@ def comparison(file: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence
     _write(figure, file)
 
 
-def sheet(file: Path, images: Tensor, captions: Sequence[str]) -> None:
+def sheet(file: str | Path, images: Tensor, captions: Sequence[str]) -> None:
     """Draw images (K, 3, H, W) in [-1, 1], each under its caption, into a PNG."""
     from matplotlib.figure import Figure
 
@@ -87,10 +87,10 @@ def _show(axes: "Axes", image: Tensor) -> None:
     axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
 
 
-def _write(figure: "Figure", file: Path) -> None:
+def _write(figure: "Figure", file: str | Path) -> None:
     from matplotlib.text import Text
 
     for text in figure.findobj(lambda each: isinstance(each, Text) and "$" in each.get_text()):
         text.set_parse_math(False)          # somebody's words, and no formula between two $
-    with replacing(file) as beside:
+    with replacing(Path(file)) as beside:
         figure.savefig(beside, format="png", dpi=150)

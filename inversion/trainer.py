@@ -97,8 +97,9 @@ def _write(training: Training, file: Path | None, ended: bool) -> None:
             training.best().save(file)
 
 
-def state_file(file: Path) -> Path:
+def state_file(file: str | Path) -> Path:
     """Where the state of the training of a concept's file is kept: beside it, .training.pt for its format's ending."""
+    file = Path(file)
     return file.with_name((file.stem if file.suffix in (".safetensors", ".pt") else file.name) + ".training.pt")
 
 

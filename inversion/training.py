@@ -117,13 +117,13 @@ class Training:
         metadata = self.concept.metadata | {key: str(value) for key, value in said.items()}
         return Concept(self.concept.placeholder, state.best.clone(), metadata)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the state, atomically."""
-        self.state.save(path, self._run())
+        self.state.save(Path(path), self._run())
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: str | Path) -> None:
         """Continue from a file of `save`. Raises InversionError for another run's, and for a damaged one."""
-        self.state = State.load(path, self._run(), self.concept.vectors.shape)
+        self.state = State.load(Path(path), self._run(), self.concept.vectors.shape)
 
     @torch.inference_mode(False)
     def _advance(self) -> StepReport:

@@ -200,6 +200,19 @@ def test_a_missing_image(tmp_path: Path) -> None:
         read_images([tmp_path / "a.png"], 32)
 
 
+def test_files_may_be_named_by_texts(tmp_path: Path) -> None:
+    halves((64, 64)).save(tmp_path / "a.png")
+    assert torch.equal(read_images([str(tmp_path / "a.png")], 32), read_images([tmp_path / "a.png"], 32))
+    with pytest.warns(UserWarning, match=r"enlarged to 256×256, and so blurred: a\.png"):
+        read_images([str(tmp_path / "a.png")], 256)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_no_list_of_files(tmp_path: Path, kind: type) -> None:
+    with pytest.raises(InversionError, match=r"a list of files: take find_images\('.*photos'\)"):
+        read_images(kind(tmp_path / "photos"), 32)
+
+
 def test_pixels_of_unknown_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(InversionError, match="floating-point pixels"):

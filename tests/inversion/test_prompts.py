@@ -58,11 +58,12 @@ def test_a_caption_replaces_the_templates_of_its_image_alone(tmp_path: Path) -> 
     files = [tmp_path / "1.jpg", tmp_path / "2.jpg", tmp_path / "3.jpg"]
     (tmp_path / "2.txt").write_text("a picture of <frida> on her pillow\n under a bicycle\n")
     (tmp_path / "3.txt").write_text("{} sleeps")
-    assert templates_for(files, ["a {}", "one {}"], "<frida>") == [
-        ["a {}", "one {}"],
-        ["a picture of {} on her pillow under a bicycle"],
-        ["{} sleeps"],
-    ]
+    for named in (files, [str(file) for file in files]):
+        assert templates_for(named, ["a {}", "one {}"], "<frida>") == [
+            ["a {}", "one {}"],
+            ["a picture of {} on her pillow under a bicycle"],
+            ["{} sleeps"],
+        ]
 
 
 def test_a_caption_without_the_word_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,15 @@ def test_the_folder_of_a_picture_is_made(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_is_a_path_or_a_text(tmp_path: Path, kind: type) -> None:
+    row = {"step": 0, "loss": None, "validation_loss": 0.1, "norms": [1.0], "cosines": [1.0]}
+    sheet(kind(tmp_path / "a.png"), torch.zeros(1, 3, 8, 8), ["grey"])
+    comparison(kind(tmp_path / "b.png"), [("grey", torch.zeros(1, 3, 8, 8))])
+    loss_curve(kind(tmp_path / "c.png"), [row])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
 def test_a_sheet_holds_its_images_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inversion.report.COLUMNS", 2)
     images = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8)

@@ -379,7 +379,7 @@ def test_killed_without_warning_it_resumes_from_the_checkpoint(tmp_path: Path) -
     training = Training(model, concept, images(), TEMPLATES, FAST)
     for report in training.steps():
         if report.step == 4:
-            training.save(state_file(tmp_path / "x.safetensors"))
+            training.save(str(state_file(str(tmp_path / "x.safetensors"))))     # a path or a text
         if report.step == 6:
             break  # nothing after this reaches the disk
     same(whole, learn(Sum(), file=tmp_path / "x.safetensors", resume=True))
@@ -463,7 +463,7 @@ def test_the_time_spent_adds_up_over_steps_and_runs(tmp_path: Path) -> None:
     for resumed in (False, True):
         training = Training(model, concept, images(), TEMPLATES, FAST, keep_encoder=True)
         if resumed:
-            training.resume(file)
+            training.resume(str(file))
         for report in training.steps():
             spent.append(training.state.seconds)
             if report.step == 6 and not resumed:
