@@ -76,6 +76,21 @@ def numbers(path: Path) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if key not in ("seconds", "peak_memory_bytes")}
 
 
+def test_help_says_what_suits_a_model(script: ModuleType) -> None:
+    shown = subprocess.run([sys.executable, str(SCRIPT), "--help"], text=True, capture_output=True, check=True).stdout
+    shown, photographs = " ".join(shown.replace("│", " ").split()), script.PHOTOGRAPHS
+    glide, emoji, small = (script.RECIPES[name] for name in ("glide", "emoji", "emoji-glide"))
+    assert (glide.steps, glide.learning_rate) == (photographs.steps, photographs.learning_rate)
+    assert (small.batch_size, small.accumulation) == (emoji.batch_size, emoji.accumulation)
+    assert f": {photographs.steps}, with emoji {emoji.steps}, with emoji-glide {small.steps}." in shown
+    sizes = photographs.batch_size, glide.batch_size, emoji.batch_size
+    assert "suits the model: {}, with GLIDE {}, with emoji {}.".format(*sizes) in shown
+    assert glide.accumulation == emoji.accumulation == 1
+    assert f"suits the model: {photographs.accumulation}, with GLIDE and emoji 1." in shown
+    rates = photographs.learning_rate, emoji.learning_rate, small.learning_rate
+    assert "suits the model: {:g}, with emoji {:g}, with emoji-glide {:g}.".format(*rates) in shown
+
+
 def test_a_run_leaves_everything(script: ModuleType, config: Any, capsys: pytest.CaptureFixture) -> None:
     flags = {"schedule": "constant", "warmup": 1, "patience": 7, "seed": 3}
     script.main(replace(config, init="white dog", name="a large dog", **flags))
