@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def constant(value: float) -> Callable[[Tensor, Level], Prediction]:
     return lambda x_t, level: Prediction.from_x0(x_t, x0, level.alpha_bar)
 
 
-def exact(x_t: Tensor, level: Level) -> Prediction:
+def exact(x_t: Tensor, level: Level, mean: float = MEAN) -> Prediction:
     """Of Gaussian data."""
     a, s2 = level.alpha_bar, DEVIATION**2
-    x0 = MEAN + a**0.5 * s2 / (a * s2 + 1 - a) * (x_t - a**0.5 * MEAN)
+    x0 = mean + a**0.5 * s2 / (a * s2 + 1 - a) * (x_t - a**0.5 * mean)
     return Prediction.from_x0(x_t, x0, a)
 
 
@@ -97,6 +98,22 @@ def test_heun_is_of_second_order(page: dict[str, Any]) -> None:
     # halved steps: a half of Euler's error, a quarter of Heun's, but for what is of higher order
     assert error(euler, 40) / error(euler, 80) == pytest.approx(2, rel=0.1)
     assert error(page["heun"], 40) / error(page["heun"], 80) == pytest.approx(4, rel=0.1)
+
+
+def test_heun_goes_where_a_gradient_pulls(page: dict[str, Any]) -> None:
+    """From the score of one Gaussian to that of another, which it then draws."""
+    def other(x_t: Tensor, level: Level) -> Prediction:
+        return exact(x_t, level, mean=-0.6)
+
+    def pulled(x_t: Tensor, level: Level) -> Prediction:
+        prediction = exact(x_t, level)
+        guide = (prediction.eps - other(x_t, level).eps) / (1 - level.alpha_bar) ** 0.5     # score: -eps / sqrt(1 - a)
+        return replace(prediction, guide=guide)
+
+    x, levels = torch.randn(1, 1, 4, 4, dtype=torch.float64), default_levels(Schedule("scaled_linear"), "heun", 8)
+    found, wanted, astray = (last(page["heun"](denoise, x, levels)) for denoise in (pulled, other, exact))
+    near(found, wanted)
+    assert (astray - wanted).abs().max() > 0.5                          # of means that are 0.9 apart
 
 
 def test_heun_is_drawn_by_its_name(page: dict[str, Any]) -> None:
