@@ -174,12 +174,13 @@ def test_each_layer_learned_a_vector_of_its_own(page: dict[str, Any]) -> None:
 
 
 def test_an_error_where_the_subject_is(page: dict[str, Any]) -> None:
-    """Nothing of the ground, and over ground alike it is the error of all."""
+    """Nothing of the ground; and an error that is the same everywhere is the same here, however large the subject."""
     output, wanted, subject = torch.zeros(4, *page["shape"]), torch.ones(4, *page["shape"]), page["subject"]
     t = torch.zeros(4, dtype=torch.int64)
     assert 0 < subject.mean() < 1
     elsewhere = wanted + 100 * (subject == 0)
     torch.testing.assert_close(page["where_it_is"](output, elsewhere, t), page["where_it_is"](output, wanted, t))
+    torch.testing.assert_close(page["where_it_is"](output, wanted, t), torch.ones(4))
 
 
 def test_a_thin_matrix_is_folded_into_its_layer(page: dict[str, Any]) -> None:
