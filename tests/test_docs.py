@@ -16,21 +16,26 @@ from diffusion import SAMPLERS, Level, Prediction, Schedule, default_levels, eul
 from guidance import generate
 from inversion.concept import Concept
 from inversion.objective import Batch, denoising_loss
+from tests.tiny import tiny_glide, tiny_model
 
 ROOT = Path(__file__).parents[1]
 MEAN, DEVIATION = 0.3, 0.5                                      # of the data of an exact denoiser
 
 
+def programs() -> list[str]:
+    page = (ROOT / "docs/change_one_thing.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The names that the page's programs leave."""
-    programs = (ROOT / "docs/change_one_thing.md").read_text(encoding="utf-8")
     folder, names, samplers = tmp_path_factory.mktemp("page"), {}, dict(SAMPLERS)
     (folder / "inversion").symlink_to(ROOT / "inversion")       # it is run from the project's root, and writes there
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for program in re.findall(r"^```python\n(.*?)^```$", programs, re.MULTILINE | re.DOTALL):
+        for program in programs():
             exec(compile(program, "change_one_thing.md", "exec"), names)
     names["model"].unet.load_state_dict(models.load("emoji").unet.state_dict())     # as it was when all but the end ran
     yield names
@@ -58,6 +63,27 @@ def exact(x_t: Tensor, level: Level, mean: float = MEAN) -> Prediction:
 
 def test_drawing_laid_open_is_generate(page: dict[str, Any]) -> None:
     near(page["picture"], generate(page["model"], "a red apple", generator=0))
+
+
+@pytest.mark.parametrize("of_pixels", [False, True])
+def test_another_model_takes_its_place(of_pixels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that predicts v from pure noise on, and one of pixels, but for what the page says that they lack."""
+    model = tiny_glide() if of_pixels else tiny_model(prediction="v_prediction")
+    if not of_pixels:
+        model.schedule |= {"zero_terminal_snr": True}
+    # where alpha_bar is 0 there is no score for a gradient to be added to
+    lacks = ["get_submodule", "gradient_of", "sheet("] + of_pixels * ["attn2", "LowRank"]
+    monkeypatch.setattr(models, "load", lambda name: model)
+    monkeypatch.setitem(SAMPLERS, "heun", None)                 # what is there afterwards is what was before
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    for program in programs():
+        if not any(word in program for word in lacks):
+            exec(compile(program, "change_one_thing.md", "exec"), names)
+    drawn = [names[name] for name in ("picture", "ten_steps", "in_the_middle", "less_contrast", "both", "pictures")]
+    assert all(bool(each.isfinite().all()) for each in drawn)
+    learned = [names[name] for name in ("losses", "weighted", "masked")]
+    assert all(math.isfinite(loss) for losses in learned for loss in losses)
 
 
 def test_guidance_within_all_levels_and_within_none(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
