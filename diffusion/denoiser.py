@@ -76,6 +76,11 @@ class Prediction:
         """
         if self.guide is None:
             return self
+        if level.alpha_bar == 0:
+            raise DiffusionError(
+                "a gradient added to the score of pure noise (alpha_bar = 0, zero terminal SNR) would move x_0 without "
+                "end: begin where there is less noise, or take ancestral steps (ddpm), which shift their mean instead"
+            )
         eps = self.eps - (1 - level.alpha_bar) ** 0.5 * self.guide
         return replace(self, x0=Prediction.from_eps(x_t, eps, level.alpha_bar).x0, eps=eps, guide=None)
 

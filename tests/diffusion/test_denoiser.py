@@ -62,6 +62,14 @@ def test_guided_is_the_posterior_given_the_class() -> None:
     assert prediction.guide is None
 
 
+def test_a_guide_has_no_score_to_be_added_to_where_all_is_noise() -> None:
+    """Of a network that predicts v, which can be asked there: the message must not send for one."""
+    x_t, level = torch.randn(1, 1, 2, 2), Level(999.0, 0.0)
+    carried = replace(Prediction.from_v(x_t, x_t, 0.0), guide=x_t)
+    with pytest.raises(DiffusionError, match="a gradient added to the score of pure noise .* ancestral steps"):
+        carried.guided(x_t, level)
+
+
 def test_a_learned_variance_lies_between_0_and_1() -> None:
     """The network's u in [-1, 1] weighs the two logarithms by (u + 1) / 2 (openai/guided-diffusion at 22e0df8)."""
     x_t, eps = torch.randn(2, 1, 3, 1, 1, dtype=torch.float64)
