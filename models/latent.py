@@ -102,6 +102,7 @@ class LatentModel(UNetModel):
         """The UNet's raw answer (B, C, h, w), float32, to latents x_t (B, C, h, w) at times t (B,).
 
         Or x_t and t are b, and the features those of B = k b prompts, of which every b are told of the same x_t.
+        Raises ModelError unless there are as many times as x_t.
         """
         return self.answer(x_t, t, features)
 

@@ -80,7 +80,13 @@ class UNetModel:
         return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module) and name not in gone}
 
     def answer(self, x: Tensor, t: Tensor, features: TextFeatures) -> Tensor:
-        """The UNet's raw answer to all of its input channels x (B, in_channels, h, w), in at least float32."""
+        """The UNet's raw answer to all of its input channels x (B, in_channels, h, w), in at least float32.
+
+        Raises ModelError unless there is a time an image: fewer would be told in turn, as fewer images are.
+        """
+        if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
+            found = f"a tensor {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+            raise ModelError(f"times are a tensor ({len(x)},), one an image, not {found}")
         context, pooled = (None if feature is None else feature.to(self.dtype) for feature in features)
         how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
         return at_least_float32(self.unet(x.to(self.dtype), t.to(x.device), context, pooled, **how))

@@ -120,6 +120,15 @@ def test_times_may_lie_between(model: LatentModel) -> None:
     assert not torch.equal(between, last)
 
 
+@pytest.mark.parametrize("t", [5, torch.tensor(5), torch.tensor([5, 900]), torch.full((4, 1), 5)])
+def test_there_is_a_time_an_image(model: LatentModel, t: object) -> None:
+    """Two times would be told to four images in turn, and the answer to each would look like one."""
+    features = model.encode_text(model.tokenizer.encode(["a dog"] * 4))
+    with pytest.raises(ModelError, match=r"times are a tensor \(4,\), one an image, not"):
+        model.predict(torch.zeros(4, 4, 16, 16), t, features)
+
+
+
 class TestSizes:
     @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 4), (4, 12)])
     def test_latents(self, model: LatentModel, height: int, width: int) -> None:
