@@ -20,7 +20,7 @@ from models.glide_tokenizer import GlideTokenizer
 from models.offload import Offload, runs_in, visit
 from models.pixels import PixelModel
 from models.streaming import Window
-from models.text import TextFeatures
+from models.text import TextFeatures, require_vectors
 from models.tokenizer import Tokens
 from models.unet import UNet
 from models.unet_model import Sampling
@@ -102,7 +102,9 @@ class GlideModel(PixelModel):
     def encode_text(self, tokens: Tokens, extra: Tensor | None = None) -> TextFeatures:
         """Features of tokenised prompts: context (B, L, D) and pooled (B, E), in the network's dtype.
 
-        extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them.
+        extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them. Raises ModelError for fewer
+        than the prompts read, and of another width.
         """
+        require_vectors(self.text.token_embedding.weight, tokens.ids, extra)
         extra = None if extra is None else extra.to(self.device)
         return TextFeatures(*visit(self, self.text, tokens.ids.to(self.device), tokens.mask.to(self.device), extra))

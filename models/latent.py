@@ -16,7 +16,7 @@ from models.checkpointing import Checkpointing
 from models.errors import ModelError
 from models.offload import Offload, present, runs_in, visit
 from models.streaming import Window
-from models.text import ClipText, TextFeatures
+from models.text import ClipText, TextFeatures, require_vectors
 from models.tokenizer import ClipTokenizer, Tokens
 from models.unet import UNet
 from models.unet_model import Sampling, UNetModel, at_least_float32
@@ -93,8 +93,10 @@ class LatentModel(UNetModel):
     def encode_text(self, tokens: Tokens, extra: Tensor | None = None) -> TextFeatures:
         """Features of tokenised prompts: context (B, L, D) in the text network's dtype.
 
-        extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them.
+        extra: (n, D) float32, the vectors for ids from vocab_size on; gradients reach them. Raises ModelError for fewer
+        than the prompts read, and of another width.
         """
+        require_vectors(self.text.embeddings.token_embedding.weight, tokens.ids, extra)
         extra = None if extra is None else extra.to(self.device)
         return TextFeatures(*visit(self, self.text, tokens.ids.to(self.device), extra))
 

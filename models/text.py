@@ -72,6 +72,23 @@ def token_vectors(table: Tensor, ids: Tensor, extra: Tensor | None) -> Tensor:
     return torch.where((ids >= len(table))[..., None], learned, known)
 
 
+def require_vectors(table: Tensor, ids: Tensor, extra: Tensor | None) -> None:
+    """Raise ModelError unless `extra` (n, D) has a vector for every id that is at or beyond a table (V, D).
+
+    ids: (B, L) int64. A plan's, which have no values, are not looked at.
+    """
+    known, (rows, width) = type(ids) is Tensor and ids.device.type != "meta" and ids.numel() > 0, table.shape
+    needed = max(int(ids.max()) + 1 - rows, 0) if known else 0
+    if extra is None and not needed:
+        return
+    if extra is None or extra.ndim != 2 or extra.shape[1] != width or len(extra) < needed:
+        raise ModelError(
+            f"the prompts read {needed} learned vectors of width {width}, and given are "
+            f"{'none' if extra is None else tuple(extra.shape)}: give ({needed or 'n'}, {width}), those of all words, "
+            "in the order in which the tokenizer was told of them"
+        )
+
+
 class Embeddings(nn.Module):
     """Token plus position."""
 

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_times_may_lie_between(model: LatentModel) -> None:
     )
     assert not torch.equal(first, between)
     assert not torch.equal(between, last)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+@pytest.mark.parametrize("shape", [None, (2, 32), (3, 31), (32,)])
+def test_the_vectors_that_prompts_read_are_there(
+    make: Callable[[], LatentModel | GlideModel], shape: tuple[int, ...] | None
+) -> None:
+    model = make()
+    extra, tokens = None if shape is None else torch.zeros(shape), model.tokenizer.encode(["a <x>", ""], {"<x>": 3})
+    found = "none" if shape is None else re.escape(str(shape))
+    with pytest.raises(ModelError, match=f"read 3 learned vectors of width 32, and given are {found}: give .3, 32."):
+        model.encode_text(tokens, extra)
 
 
 @pytest.mark.parametrize("t", [5, torch.tensor(5), torch.tensor([5, 900]), torch.full((4, 1), 5)])
