@@ -28,7 +28,7 @@ class Concept:
     """placeholder: the new word as it stands in prompts. vectors: (n, D) float32. metadata: what the file says of it.
 
     Raises InversionError for a placeholder that is not one word, or holds a template's slot, and for vectors that are
-    not finite or not (n, D) with n >= 1.
+    no tensor, not finite or not (n, D) with n >= 1.
     """
 
     placeholder: str
@@ -39,6 +39,11 @@ class Concept:
         if self.placeholder.split() != [self.placeholder] or "{}" in self.placeholder:
             raise InversionError(
                 f"{self.placeholder!r} cannot be a placeholder: use one word without spaces, like '<frida>'"
+            )
+        if not isinstance(self.vectors, Tensor):
+            raise InversionError(
+                f"the vectors of {self.placeholder} must be a tensor (n, D), not a {type(self.vectors).__name__}: "
+                "make it one by torch.as_tensor"
             )
         if self.vectors.ndim != 2 or not self.vectors.numel() or not self.vectors.isfinite().all():
             raise InversionError(

@@ -1,6 +1,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -136,3 +137,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Concept("<frida>", torch.zeros(1, 8)).save(file)
     assert Concept.load(file).vectors.sum() == 8
     assert [f.name for f in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+@pytest.mark.parametrize("vectors", [[[0.0, 1.0]], np.zeros((1, 2), np.float32)])
+def test_vectors_that_were_mixed_elsewhere_are_named(vectors: object) -> None:
+    with pytest.raises(InversionError, match="vectors of <x> must be a tensor .n, D., not a (list|ndarray): make"):
+        Concept("<x>", vectors)
