@@ -128,6 +128,10 @@ def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence
     require_new_word(tokenizer, word)
     if not templates or not all(templates):
         raise InversionError("there is no template to learn in: give at least one for every image")
+    if line := next((several for several in templates if isinstance(several, str)), None):
+        raise InversionError(
+            f"templates are lists of lines, one for every image, and one is the line {line!r} by itself"
+        )
 
     def length(template: str) -> int:
         return sum(len(tokenizer.tokens_of(part)) for part in template.split(SLOT))

@@ -1,4 +1,5 @@
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,12 @@ def test_a_word_that_exists_is_refused(tokenizer: ClipTokenizer) -> None:
 @pytest.mark.parametrize("templates", [[], [[]], [["{}"], []]])
 def test_an_image_without_templates_is_refused(tokenizer: ClipTokenizer, templates: list[list[str]]) -> None:
     with pytest.raises(InversionError, match="no template to learn in"):
+        check_prompts(tokenizer, concept(), templates)
+
+
+@pytest.mark.parametrize("templates", [["a {}"], [["a {}"], "a {}"], "a {}"])
+def test_a_line_is_no_list_of_lines(tokenizer: ClipTokenizer, templates: Sequence[Sequence[str]]) -> None:
+    with pytest.raises(InversionError, match="lists of lines, one for every image, and one is the line 'a"):
         check_prompts(tokenizer, concept(), templates)
 
 
