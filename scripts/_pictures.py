@@ -43,6 +43,9 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
         forms = {len(row["captions"]) for row in rows if row["file"] and row["name"]}
         if any(isinstance(row["captions"], str) for row in rows):
             raise TypeError("captions are a list, of one if there is one")    # or its letters would be the captions
+        texts = [text for row in rows for text in (row["file"], row["name"], *row["captions"])]
+        if strange := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"{strange[0]!r} is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f'a line of {file} is not {{"file": "...", "name": "...", "captions": ["..."]}} ({error})'

@@ -569,6 +569,9 @@ def test_what_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path)
         (['{"file": "art/0.png", "name": "a"}'], "a line of .* is not"),
         (['{"file": "art/0.png", "name": "a", "captions": []}'], "at least one"),
         (['{"file": "art/0.png", "name": "a", "captions": "a dog"}'], "captions are a list"),
+        (['{"file": 7, "name": "a", "captions": ["a"]}'], "a line of .* is not .*7 is no text"),
+        (['{"file": "art/0.png", "name": {"a": 1}, "captions": ["a"]}'], "a line of .* is not .*{'a': 1} is no text"),
+        (['{"file": "art/0.png", "name": "a", "captions": ["a", null]}'], "a line of .* is not .*None is no text"),
         (['{"file": "a", "name": "a", "captions": ["a"]}', '{"file": "b", "name": "b", "captions": []}'], "equally"),
     ],
 )
