@@ -73,7 +73,7 @@ def read_images(files: Sequence[str | Path], size: int) -> Tensor:
         raise InversionError(f"images are read from a list of files: take find_images({str(files)!r})")
     pixels, small = [], []
     for file in map(Path, files):
-        image = _decode(file)
+        image = decode(file)
         side = min(image.size)
         if side < SMALLEST_SIDE:
             raise InversionError(
@@ -88,8 +88,8 @@ def read_images(files: Sequence[str | Path], size: int) -> Tensor:
     return torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _decode(file: Path) -> "Image":
-    """One file, turned upright, as RGB over white."""
+def decode(file: Path) -> "Image":
+    """One file, turned upright, as RGB over white. Raises InversionError for one that is missing or damaged."""
     from PIL import Image, ImageOps
 
     if not file.is_file():

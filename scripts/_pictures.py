@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from _classes import read_classes
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from inversion import read_folder
+from inversion.images import decode
 from models import ModelError
 from models.class_names import ClassNames
 
@@ -34,7 +34,11 @@ def read_told(told: str, folder: Path, size: int | None, names: ClassNames | Non
 
 
 def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[dict]]:
-    """Images (N, 3, H, W) in [-1, 1] of a folder, all of one size, and the rows of captions.jsonl."""
+    """Images (N, 3, H, W) in [-1, 1] of a folder, all of one size, and the rows of captions.jsonl.
+
+    They are decoded as photographs are: turned upright, over white. Raises ModelError for captions or sizes
+    that cannot be used, and InversionError for an image that cannot be read.
+    """
     file = folder / "captions.jsonl"
     if not file.is_file():
         raise ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
@@ -52,7 +56,7 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
         ) from error
     if len(forms) != 1 or not min(forms):
         raise ModelError(f"{file}: every image needs equally many captions, at least one; found {sorted(forms)}")
-    pixels = [read_picture(folder / row["file"]) for row in rows]
+    pixels = [np.asarray(decode(folder / row["file"])) for row in rows]
     if len(sizes := {picture.shape[:2] for picture in pixels}) > 1:
         raise ModelError(f"the images of {folder} have different heights and widths, {sorted(sizes)}: use one")
     (height, width), = sizes
@@ -62,11 +66,3 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
         )
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     return images if size is None else functional.adaptive_avg_pool2d(images, size), rows
-
-
-def read_picture(file: Path) -> np.ndarray:
-    """The pixels (H, W, 3) uint8 of an image. Raises ModelError if it cannot be read."""
-    try:
-        return np.asarray(Image.open(file).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, and what its plugins raise
-        raise ModelError(f"{file} cannot be read as an image ({error}): mend it, or take out its line") from error

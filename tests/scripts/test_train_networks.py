@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import models
 from diffusion import Schedule
+from inversion import InversionError, read_folder
 from models import GlideModel, LatentModel
 from models.text import ClipText
 from tests.disk import full_disk
@@ -549,8 +550,21 @@ def test_a_picture_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> N
     shutil.copytree(data, tmp_path / "data")
     whole = (data / "art" / "3.png").read_bytes()
     (tmp_path / "data" / "art" / "3.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(models.ModelError, match=r"3\.png cannot be read as an image"):
+    with pytest.raises(InversionError, match=r"3\.png is damaged or cut short"):
         script("_pictures").read_captioned(tmp_path / "data")
+
+
+def test_a_captioned_picture_looks_as_it_does_to_the_autoencoder(data: Path, tmp_path: Path) -> None:
+    """What is transparent was the colour that lies hidden there, 16 bits were white, and a turned camera's lay down."""
+    shutil.copytree(data, tmp_path / "data")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                  # orientation: the camera lay on its side
+    Image.fromarray(pixels).save(tmp_path / "data" / "art" / "0.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "data" / "art" / "1.png")
+    Image.fromarray(pixels[..., :3].copy()).save(tmp_path / "data" / "art" / "2.png", exif=turned)
+    images, _ = script("_pictures").read_captioned(tmp_path / "data")
+    assert torch.equal(images, read_folder(tmp_path / "data" / "art", 16))
 
 
 def test_what_was_not_begun_cannot_resume(data: Path, vae: Path, tmp_path: Path) -> None:
