@@ -63,6 +63,8 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
     for other in OTHER_FAMILIES:
         if (folder / other).exists():
             raise ModelError(f"{folder} has a {other}: it is not a Stable Diffusion 1.x or 2.x model")
+    if not (folder / "unet").exists() and (inside := _models_in(folder)):
+        raise ModelError(f"{folder} is no model, and holds {len(inside)} that may be: name one of them, as {inside[0]}")
     files = {part: folder / part / "config.json" for part in STEMS}
     unet = _built(UNet, configs.read_unet, files["unet"])
     vae = _built(VAE, configs.read_vae, files["vae"])
@@ -131,6 +133,13 @@ def _tokenizer(folder: Path, text: ClipTextConfig) -> ClipTokenizer:
     if folder.is_dir():
         return ClipTokenizer.from_folder(folder, text.length)
     return ClipTokenizer.clip(text.length, presets.SD2_V.pad if presets.family_of(text) == "sd2" else None)
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """Model folders that lie in a folder, then single files."""
+    files = (".safetensors", ".ckpt")
+    found = [path for path in folder.iterdir() if path.suffix in files or (path / "unet" / "config.json").exists()]
+    return sorted(found, key=lambda path: (path.is_file(), path))
 
 
 def _is_ours(path: Path) -> bool:

@@ -331,6 +331,20 @@ class TestFolders:
         with pytest.raises(ModelError, match=what):
             models.load(copy)
 
+    def test_a_folder_of_models_is_none_and_one_in_it_is_named(self, copy: Path, tmp_path: Path) -> None:
+        """A run's folder, and a folder of many files."""
+        above = tmp_path / "runs"
+        (above / "z" / "samples").mkdir(parents=True)
+        shutil.move(copy, above / "z" / "model")
+        (above / "z" / "a.safetensors").touch()
+        with pytest.raises(ModelError, match=r"holds 2 that may be: name one of them, as .*runs/z/model$"):
+            models.load(above / "z")
+        (above / "b.ckpt").touch()
+        (above / "a.txt").touch()
+        for each in (models.load, models.outline):
+            with pytest.raises(ModelError, match=r"runs is no model, and holds 1 that may be: .* as .*runs/b\.ckpt$"):
+                each(above)
+
     def test_a_missing_weight_is_named(self, copy: Path) -> None:
         file = copy / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = load_file(file)
