@@ -140,10 +140,10 @@ def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence
         rest, slots, room = length(template), template.count(SLOT), tokenizer.room
         if rest + slots * n > room:
             most = (room - rest) // slots if slots else 0
-            remedy = f"use at most {most} vectors, or" if most > 0 else "please"
+            remedy = f"use at most {most} vector{'s' * (most > 1)}, or" if most > 0 else "please"
             raise InversionError(
-                f"{n} vectors and the {rest} tokens of the template {textwrap.shorten(template, 80)!r} are more than "
-                f"the {room} that fit the context: {remedy} shorten the template (or caption)"
+                f"{n} vector{'s' * (n > 1)} and the {rest} tokens of the template {textwrap.shorten(template, 80)!r} "
+                f"are more than the {room} that fit the context: {remedy} shorten the template (or caption)"
             )
         ids = tokenizer.encode([template.replace(SLOT, word)], {word: n}).ids  # (1, L)
         if not slots or int((ids >= tokenizer.vocab_size).sum()) != slots * n:

@@ -43,7 +43,7 @@ def read_captioned(folder: Path, size: int | None = None) -> tuple[Tensor, list[
     if not file.is_file():
         raise ModelError(f"{folder} has no captions.jsonl: name a folder that make_emoji_data.py wrote")
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         forms = {len(row["captions"]) for row in rows if row["file"] and row["name"]}
         if any(isinstance(row["captions"], str) for row in rows):
             raise TypeError("captions are a list, of one if there is one")    # or its letters would be the captions

@@ -159,7 +159,7 @@ def main(config: Config) -> None:
         raise ModelError("--classifier-scales needs 0, and --free-scales 0 and 1: what is gained is gained over them")
     if not all(math.isfinite(scale) for several in scales.values() for scale in several):
         raise ModelError("--classifier-scales and --free-scales are finite numbers")
-    if config.judge == config.guide:
+    if Path(config.judge).resolve() == Path(config.guide).resolve():
         raise ModelError(f"{config.judge} cannot judge what it guides: the judge is another network")
     if config.count < 2:
         raise ModelError(f"--count is at least 2 drawings a class, for a distance, not {config.count}")

@@ -86,12 +86,14 @@ def test_what_fits_exactly_passes_and_one_more_does_not(tokenizer: ClipTokenizer
 
 def test_every_slot_counts(tokenizer: ClipTokenizer) -> None:
     check_prompts(tokenizer, concept(11), [["{} {}"]])
-    with pytest.raises(InversionError, match="at most 11 vectors"):
+    with pytest.raises(InversionError, match="at most 11 vectors, or"):
         check_prompts(tokenizer, concept(12), [["{} {}"]])
+    with pytest.raises(InversionError, match="2 vectors and the 0 tokens.*at most 1 vector, or"):
+        check_prompts(tokenizer, concept(2), [["{}" + 14 * " {}"]])
 
 
 def test_a_template_that_is_too_long_alone_is_refused(tokenizer: ClipTokenizer) -> None:
-    with pytest.raises(InversionError, match="please shorten the template"):
+    with pytest.raises(InversionError, match="1 vector and the 22 tokens.*please shorten the template"):
         check_prompts(tokenizer, concept(1), [["a " * 22 + "{}"]])
 
 

@@ -109,6 +109,13 @@ def test_flags_without_which_nothing_can_be_compared(module: ModuleType, folder:
         module.main(config_of(module, folder, **more))
 
 
+@pytest.mark.parametrize("spelling", ["guide.safetensors", "../{}/guide.safetensors"])
+def test_nothing_judges_itself(module: ModuleType, folder: Path, spelling: str) -> None:
+    judge = str(folder / spelling.format(folder.name))
+    with pytest.raises(ModelError, match="cannot judge what it guides"):
+        module.main(config_of(module, folder, judge=judge))
+
+
 def test_networks_of_other_classes_or_sizes(module: ModuleType, folder: Path) -> None:
     others = {"dog, cow": tiny_classifier(0, ("dog", "cow", "owl")), "at 32": tiny_classifier(0, size=32)}
     for said, other in others.items():

@@ -608,7 +608,7 @@ def test_captioned_images_are_neither_squashed_nor_enlarged(
     tmp_path: Path, sides: tuple[int, int], size: int | None
 ) -> None:
     Image.new("RGB", sides).save(tmp_path / "0.png")
-    (tmp_path / "captions.jsonl").write_text('{"file": "0.png", "name": "a", "captions": ["a"]}')
+    (tmp_path / "captions.jsonl").write_text('\ufeff{"file": "0.png", "name": "a", "captions": ["a"]}')    # a BOM
     with pytest.raises(models.ModelError, match=f"have {sides[0]}x{sides[1]} pixels: cut them square"):
         script("_pictures").read_captioned(tmp_path, size)
 
