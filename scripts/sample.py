@@ -112,7 +112,7 @@ def draw(config: Config) -> Iterator[Tensor]:
     parts = batches(len(prompts), config.batch_size)
     concepts = read_concepts(config.concept, model, (*config.prompt, config.negative))
     image = read_images([config.image], size // model.factor) if config.image else None
-    with tqdm(desc="sampling", unit="step", delay=0.01) as bar:   # none before what is refused or warned of
+    with tqdm(desc="sampling", unit="step", mininterval=0, delay=1e-6) as bar:   # none before what is refused or said
 
         def step_done(_: int, of: int) -> None:
             bar.total = len(parts) * of
