@@ -112,7 +112,8 @@ def draw(config: Config) -> Iterator[Tensor]:
     parts = batches(len(prompts), config.batch_size)
     concepts = read_concepts(config.concept, model, (*config.prompt, config.negative))
     image = read_images([config.image], size // model.factor) if config.image else None
-    with tqdm(desc="sampling", unit="step", mininterval=0, delay=1e-6) as bar:   # none before what is refused or said
+    # shown with the first step, not before what is refused or warned of, and however soon the last one comes
+    with tqdm(desc="sampling", unit="step", mininterval=0, delay=1e-6) as bar:
 
         def step_done(_: int, of: int) -> None:
             bar.total = len(parts) * of

@@ -151,7 +151,7 @@ def test_heun_is_drawn_by_its_name(page: dict[str, Any]) -> None:
 
 def test_the_gradient_of_an_image_makes_it_bluer(page: dict[str, Any]) -> None:
     far = [(each.mean((2, 3)) - page["blue"]).norm().item() for each in (page["picture"], page["blue_apple"])]
-    assert far[1] < 0.7 * far[0]                                # 2.0 and 1.1
+    assert far[1] < 0.8 * far[0]                                # 2.23 and 1.47 of at most 2 sqrt(3)
 
 
 def test_distillation_ends_at_the_one_image_that_there_is(page: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def test_where_a_word_is_read(page: dict[str, Any]) -> None:
     page["drawn"](page["apple"])
     hook.remove()
     context, y = seen[-1]
-    v = layer.to_v(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2)                # (B, H, 77, d)
+    v = layer.to_v(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2)                # (B, H, L, d)
     assert page["probabilities"].shape[-1] == context.shape[1]
     near(page["probabilities"] @ v, y.unflatten(-1, (layer.heads, -1)).transpose(1, 2))
 
