@@ -45,21 +45,13 @@ def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     return whole and x[:, 0].numel() >= PIXELS and min(weight.shape[:2]) >= CHANNELS
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1, turned: bool = False) -> Tensor:
     """x: (B, C_in, H, W), padded by 1; weight: (C_out, C_in, 3, 3); float32. H and W are multiples of 4.
 
-    edges 0: x has a row more above and below, which are not padded then: (B, C_in, H + 2, W). Returns (B, C_out, H, W),
-    channels-last. Autograd cannot pass through it; `frozen` and `bands` call it where nothing is recorded.
+    edges 0: x has a row more above and below, which are not padded then: (B, C_in, H + 2, W). turned: each kernel, by
+    half. Returns (B, C_out, H, W), channels-last. Autograd cannot pass through it; `frozen` and `bands` call it where
+    nothing is recorded.
     """
-    return _convolved(x, weight, bias, edges)
-
-
-def gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """Of `convolved` by x: the convolution with the kernels turned by half. dy: (B, C_out, H, W)."""
-    return _convolved(dy, weight.transpose(0, 1), None, edges=1, turned=True)
-
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int, turned: bool = False) -> Tensor:
     BT, G, AT = (x.new_tensor(M) for M in matrices())
     G, C = G.flip(1) if turned else G, x.shape[1]
     y = empty(x, len(weight), x.shape[2] + 2 * edges - 2, x.shape[3])
@@ -83,6 +75,11 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int, turne
             out = answers[images, rows, ..., group]
             out.copy_(sums) if bias is None else torch.add(sums, bias[group], out=out)
     return y
+
+
+def gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """Of `convolved` by x: the convolution with the kernels turned by half. dy: (B, C_out, H, W)."""
+    return convolved(dy, weight.transpose(0, 1), None, turned=True)
 
 
 def _tiles(x: Tensor, rows: slice, edges: int) -> Tensor:
