@@ -7,7 +7,6 @@ is the first forward and the second backward.
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from models.fused_attention import fused_attention
@@ -55,5 +54,4 @@ def split(x: Tensor, heads: int, parts: int, heads_first: bool = True) -> tuple[
 
     heads_first: it is stored head by head, the parts of each; otherwise part by part.
     """
-    stored = "(h p d)" if heads_first else "(p h d)"
-    return rearrange(x, f"b n {stored} -> p b n h d", h=heads, p=parts).unbind()
+    return x.unflatten(2, (heads, parts, -1)).unbind(3) if heads_first else x.unflatten(2, (parts, heads, -1)).unbind(2)
