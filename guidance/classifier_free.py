@@ -60,8 +60,8 @@ def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         prediction = both(torch.cat([x_t, x_t]), level)                                        # (2B, C, h, w)
-        parts = [None if p is None else p.chunk(2) for p in _fields(prediction)]
-        null, conditional = (Prediction(*(None if p is None else p[i] for p in parts)) for i in (0, 1))
+        halves = ((None, None) if field is None else field.chunk(2) for field in vars(prediction).values())
+        null, conditional = (Prediction(*fields) for fields in zip(*halves))                   # (B, C, h, w) each
         return combine(conditional, null, scale)
 
     return denoise
@@ -74,7 +74,3 @@ def combine(conditional: Prediction, null: Prediction, scale: float) -> Predicti
     """
     x0, eps = (n + scale * (c - n) for c, n in ((conditional.x0, null.x0), (conditional.eps, null.eps)))
     return replace(conditional, x0=x0, eps=eps)
-
-
-def _fields(prediction: Prediction) -> tuple[Tensor | None, ...]:
-    return prediction.x0, prediction.eps, prediction.var_frac, prediction.guide
