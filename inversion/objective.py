@@ -42,9 +42,7 @@ class Batch:
     def parts(self, size: int) -> Iterator["Batch"]:
         """The same samples in pieces of at most `size`."""
         for i in range(0, len(self), size):
-            piece = slice(i, i + size)
-            tensors = (self.t, self.draw, self.noise)
-            yield Batch(self.moments[piece], self.templates[piece], *(tensor[piece] for tensor in tensors))
+            yield Batch(*(field[i : i + size] for field in vars(self).values()))
 
 
 def random_batch(
