@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from models.checkpointing import checkpoint
-from models.errors import ModelError
 from models.streaming import computing_with, lent, my_turn, parameters_of, require_unchanged, seen
 
 Offload = Literal["none", "idle", "stream"]
@@ -56,11 +55,3 @@ def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
                 return tuple(network(*inputs))
 
     return checkpoint(run, *inputs, weights=[each.weight for each in first])
-
-
-def require_no_offload(model: Any) -> None:
-    """Raise ModelError for a model whose networks wait elsewhere than it computes."""
-    if model.offload != "none":
-        raise ModelError(
-            f"{model.source} was loaded with offload {model.offload} for {model.device}: load it anew for another"
-        )

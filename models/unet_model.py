@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
 from models.errors import ModelError
-from models.offload import Offload, require_no_offload
+from models.offload import Offload
 from models.setting import Setting
 from models.streaming import Window
 from models.text import TextFeatures
@@ -68,7 +68,10 @@ class UNetModel:
 
         Raises ModelError for a model with offload, whose networks have their places.
         """
-        require_no_offload(self)
+        if self.offload != "none":
+            raise ModelError(
+                f"{self.source} was loaded with offload {self.offload} for {self.device}: load it anew for another"
+            )
         for part in (*self.networks().values(), self.upsampler):
             if part is not None:
                 part.to(device)
