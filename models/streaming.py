@@ -12,7 +12,6 @@ On a CPU weights are in reach already. What is converted goes into a place from 
 not is read in such a map, and there are no places.
 """
 
-import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -134,7 +133,8 @@ class Window:
         self.layers, host = list(layers), [parameters_of(layer) for layer in layers]
         self.index = {layer: i for i, layer in enumerate(layers)}
         self.mapped = mapped(host, device)
-        self.moves = copier is not None or not lies_there(itertools.chain(*host), device, dtype)
+        lie_there = device.type == "cpu" and all(weight.dtype == dtype for weights in host for weight in weights)
+        self.moves = copier is not None or not lie_there
         size = max(extent(weights) for weights in host) if self.moves else 0
         self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
         beside = device.type == "cuda" and torch.cuda.is_available()
@@ -243,11 +243,6 @@ def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[lis
     """Weights that wait for a device; if that is their own, they are read in maps that go again."""
     maps = file_maps() if device.type == "cpu" else []
     return [[Mapped(weight, maps) for weight in weights] for weights in groups]
-
-
-def lies_there(weights: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights in host memory need neither be moved to a device nor converted."""
-    return device.type == "cpu" and all(weight.dtype == dtype for weight in weights)
 
 
 def extent(weights: Iterable[Tensor]) -> int:
