@@ -85,7 +85,7 @@ def require_two_sides(model: Any, scale: float) -> None:
         )
 
 
-def start(image: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
+def start(image: Tensor, count: int) -> Tensor:
     """The images to start from, one a prompt: (B, 3, H, W)."""
     if not isinstance(image, Tensor):
         raise GuidanceError(f"an image is a tensor (3, H, W), not a {type(image).__name__}")
@@ -99,12 +99,6 @@ def start(image: Tensor, count: int, height: int | None, width: int | None) -> T
         raise GuidanceError(f"an image to start from has pixels, and this one is {tuple(image.shape)}")
     if not image.is_floating_point() or not image.abs().max() <= 1:
         raise GuidanceError(f"an image to start from holds floats in [-1, 1], not {_span(image)}")
-    for side, asked, found in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
-        if asked not in (None, found):
-            raise GuidanceError(
-                f"the {side} asked for, {asked}, is not that of the image to start from, {found}: leave it "
-                "out, or crop the image"
-            )
     return image.float().expand(count, -1, -1, -1)
 
 
@@ -132,7 +126,8 @@ def pictures(
         _require_sides(image, factor, height, width)
         return Pictures(None, (image, mask), None, tuple(side // factor for side in image.shape[2:]))
     if image is not None:
-        image = start(image, count, height, width)
+        image = start(image, count)
+        _require_sides(image, 1, height, width)
         return Pictures(image, None, None, tuple(image.shape[2:]))
     return Pictures(None, None, None, usual)
 
@@ -140,6 +135,11 @@ def pictures(
 def _require_sides(image: Tensor, factor: int, height: int | None, width: int | None) -> None:
     """The image is as large as what is drawn: `factor` times the base's height and width, where these are given."""
     for side, asked, found in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
+        if factor == 1 and asked not in (None, found):
+            raise GuidanceError(
+                f"the {side} asked for, {asked}, is not that of the image to start from, {found}: leave it out, "
+                "or crop the image"
+            )
         if found % factor or asked not in (None, found // factor):
             raise GuidanceError(
                 f"the {side} of the image is {found}, and the model draws a {factor}th of it"
@@ -159,7 +159,7 @@ def enlarged(model: Any, image: Tensor | None, mask: Tensor | None, count: int, 
         )
     if mask is not None:
         raise GuidanceError("a mask is for a base model with its upsampler: make this one the `upsampler` of a base")
-    image = start(image, count, None, None)
+    image = start(image, count)
     if tuple(image.shape[2:]) != (height, width):
         raise GuidanceError(
             f"{model.source} makes {sides[1]}x{sides[0]} pixels of {width}x{height}; this image has "
@@ -175,7 +175,7 @@ def kept(model: Any, image: Tensor | None, mask: Tensor, count: int) -> tuple[Te
         raise GuidanceError(f"a mask is for inpainting models, and {networks[-1].source} is none: leave the mask out")
     if image is None:
         raise GuidanceError("a mask says which part of an image stays: give the image, too")
-    image = start(image, count, None, None)
+    image = start(image, count)
     if not isinstance(mask, Tensor) or mask.is_complex():
         raise GuidanceError(f"a mask is a tensor of 0 and 1, (H, W), not {_kind(mask)}")
     mask = mask[None] if mask.ndim == 2 else mask
