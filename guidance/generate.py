@@ -25,6 +25,7 @@ from guidance import inputs
 from guidance.chain import Chain, Model
 from guidance.errors import GuidanceError
 from guidance.gradient import Gradient
+from guidance.pictures import pictures, reduced
 
 Progress = bool | Callable[[int, int], None]
 
@@ -93,7 +94,7 @@ def generate(
     if guidance is not None and len(batches) > 1:
         raise GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
     levels, upsampler = levels_of(model, sampler, steps), model.upsampler
-    image, kept, small, sides = inputs.pictures(model, image, mask, len(prompts), height, width)
+    image, kept, small, sides = pictures(model, image, mask, len(prompts), height, width)
     levels = _from_there_on(levels, image, strength)
     if guidance is not None and sampler != "ddpm" and 0 < levels[0].alpha_bar < inputs.GUIDED_FROM:
         warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)
@@ -101,7 +102,7 @@ def generate(
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
     chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, guidance)]
     if upsampler is not None:
-        chains = [replace(chains[0], kept=inputs.reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]
+        chains = [replace(chains[0], kept=reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]
 
     images = []
     with _counted(progress, len(batches) * sum(map(len, chains))) as step_done:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Level, Prediction, Schedule
-from guidance import GuidanceError, clip_gradient, generate, gradient_of, inputs
+from guidance import GuidanceError, clip_gradient, generate, gradient_of, inputs, pictures
 from guidance.chain import keeping
 from guidance.generate import levels_of
 from inversion import Concept
@@ -233,28 +233,28 @@ def test_a_cascade_refuses_an_image_that_it_cannot_reduce() -> None:
 def test_the_sides_asked_for_beside_a_mask_are_the_base_s() -> None:
     base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     image, mask = torch.zeros(3, 64, 32), torch.ones(64, 32)
-    assert inputs.pictures(base, image, mask, 1, 16, 8).sides == (16, 8)
+    assert pictures.pictures(base, image, mask, 1, 16, 8).sides == (16, 8)
     with pytest.raises(GuidanceError, match="the height of the image is 64, and the model draws a 4th of it, not 64"):
-        inputs.pictures(base, image, mask, 1, 64, None)
+        pictures.pictures(base, image, mask, 1, 64, None)
     with pytest.raises(GuidanceError, match="the height asked for, 16, is not that of the image .* 64"):
-        inputs.pictures(tiny_glide(inpaints=True), image, mask, 1, 16, None)
+        pictures.pictures(tiny_glide(inpaints=True), image, mask, 1, 16, None)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 1, 16, 16)])
 def test_a_mask_has_one_channel_and_is_one_or_as_many_as_prompts(shape: tuple[int, ...]) -> None:
     with pytest.raises(GuidanceError, match=r"the mask is .*, the image \(1, 3, 16, 16\)"):
-        inputs.kept(tiny_glide(inpaints=True), torch.zeros(3, 16, 16), torch.ones(shape), 1)
+        pictures.kept(tiny_glide(inpaints=True), torch.zeros(3, 16, 16), torch.ones(shape), 1)
 
 
 def test_an_upsampler_makes_multiples_of_its_factor() -> None:
     with pytest.raises(GuidanceError, match=r"whose sides are multiples of 2, not \(32, 33\)"):
-        inputs.pictures(tiny_glide(factor=2), torch.zeros(3, 16, 16), None, 1, 32, 33)
+        pictures.pictures(tiny_glide(factor=2), torch.zeros(3, 16, 16), None, 1, 32, 33)
 
 
 def test_a_small_pixel_stays_if_all_that_it_covers_does() -> None:
     image, mask = torch.arange(16.0).view(1, 1, 4, 4) / 16, torch.ones(1, 1, 4, 4)
     mask[0, 0, 0, 1] = mask[0, 0, 3, 2] = 0
-    small, stays = inputs.reduced((image, mask), 2)
+    small, stays = pictures.reduced((image, mask), 2)
     assert stays.tolist() == [[[[0.0, 1.0], [1.0, 0.0]]]]
     assert small[0, 0, 0, 0] == (0 + 1 + 4 + 5) / 4 / 16
 
@@ -263,8 +263,8 @@ def test_a_mask_of_bools_is_one_of_numbers() -> None:
     base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     image, mask = picture(64), torch.zeros(64, 64)
     mask[5:, :30] = 1
-    bools, numbers = (inputs.kept(base, image, each, 1) for each in (mask.bool(), mask))
-    for found, wanted in zip((*bools, *inputs.reduced(bools, 4)), (*numbers, *inputs.reduced(numbers, 4))):
+    bools, numbers = (pictures.kept(base, image, each, 1) for each in (mask.bool(), mask))
+    for found, wanted in zip((*bools, *pictures.reduced(bools, 4)), (*numbers, *pictures.reduced(numbers, 4))):
         assert torch.equal(found, wanted)
 
 
