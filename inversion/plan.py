@@ -31,10 +31,11 @@ from inversion.objective import Batch, loss_and_gradient
 from inversion.prompts import SLOT
 from models import ModelError, Setting, outline
 from models import sliced_attention as slices
+from models.copying import CopyAtOnce
 from models.devices import choose_device
 from models.mapped import Mapped
 from models.setting import place
-from models.streaming import CopyAtOnce, parameters_of
+from models.streaming import parameters_of
 from models.weights import choose_dtype, on_meta
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -12,11 +12,12 @@ from torch import nn
 
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
+from models.copying import Copier
 from models.errors import ModelError
 from models.layout import converted
 from models.mapped import Mapped, file_maps
 from models.offload import Offload, runs_in
-from models.streaming import Copier, Window, parameters_of
+from models.streaming import Window, parameters_of
 from models.weights import choose_dtype
 
 
