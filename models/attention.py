@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from models import fused_linear
 from models.attend import AttentionKind, attend, by_head, split
 from models.checkpointing import records
+from models.condition import Condition
 from models.frozen import geglu
 from models.layers import (
-    Condition,
     Conv2d,
     GroupNorm,
     Linear,

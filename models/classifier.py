@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from models.attend import attend, split
 from models.class_names import ClassNames
+from models.condition import Condition
 from models.errors import ModelError
-from models.layers import Condition, NormSiLU, Pointwise, tokens_of
+from models.layers import NormSiLU, Pointwise, tokens_of
 from models.unet import Descent, UNetConfig
 
 

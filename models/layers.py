@@ -6,8 +6,6 @@ the VAE, and the wrong one shows as soon as activations are small.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,48 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from models import bands, doubled, frozen, fused_linear
-from models.attend import AttentionKind
-from models.checkpointing import Checkpointing, checkpoint, records
+from models.checkpointing import records
+from models.condition import Condition
 from models.errors import ModelError
 from models.group_norm import frozen_group_norm
 from models.processor import matrix_products_are_fast
-from models.streaming import Window, require_unchanged, seen
-
-
-class Condition(NamedTuple):
-    """What every layer of a UNet is told beside its input. A layer's `reads` names the tensors that it looks at.
-
-    emb:           (B, E) embedding of the time (and of whatever else is pooled into one vector).
-    context:       (B, L, D) text features for cross-attention, or None.
-    checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
-                   attention and each feed-forward; "blocks", each residual block and each transformer.
-    attention:     the kernel, see `attend`; "auto" is the fastest.
-    window:        what the layers' weights pass through, if they are streamed.
-    """
-
-    emb: Tensor
-    context: Tensor | None
-    checkpointing: Checkpointing = "none"
-    attention: AttentionKind = "auto"
-    window: Window | None = None
-
-    def run(self, level: Checkpointing, part_of: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        """function(*inputs), a part of a module; as a checkpoint if that level is asked for.
-
-        Even where there is no checkpoint, the function sees an alias of each input, which collects the gradients of its
-        uses: so they are added in the same order at every level, and are the same to the bit. Raises RuntimeError in
-        the backward pass if the module has other weights by then, as after `torch.func.functional_call`.
-        """
-        inputs = [x.view_as(x) for x in inputs]
-        if level == "none" or level != self.checkpointing:
-            return function(*inputs)
-        first = seen(part_of)
-
-        def run(*inputs: Tensor) -> Any:
-            require_unchanged(first, part_of)
-            return function(*inputs)
-
-        return checkpoint(run, *inputs, weights=part_of.parameters())
 
 
 class Conv2d(nn.Conv2d):

@@ -23,7 +23,7 @@ from models.weights import choose_dtype
 
 @dataclass(frozen=True)
 class Setting:
-    """dtype: of the networks. checkpointing: what is computed again in the backward pass, see layers.Condition.
+    """dtype: of the networks. checkpointing: what is computed again in the backward pass, see `Condition`.
     attention: its kernel, see `attend`. offload: what leaves the device, see `offload`.
 
     Raises ModelError for a choice that there is not, and for "stream" without "blocks": a layer whose weights have

@@ -84,7 +84,7 @@ class Window:
         return vars(self) | {"held": nothing, "tickets": list(nothing)}
 
     def run(self, layer: nn.Module, x: Tensor, cond: Any) -> Tensor:
-        """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.layers.Condition.
+        """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.condition.Condition.
 
         Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
         Raises ModelError for a layer that is trained, in the backward pass RuntimeError for one that was changed.

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.checkpointing import Checkpointing
+from models.condition import Condition
 from models.errors import ModelError
 from models.layers import (
-    Condition,
     Conv2d,
     NormSiLU,
     Upsample,

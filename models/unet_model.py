@@ -33,7 +33,7 @@ class Sampling(NamedTuple):
 class UNetModel:
     """Base of the models. unet: its network. source: where it is from. prediction: one of PREDICTIONS.
 
-    checkpointing, attention: how the UNet runs, see models.layers.Condition; answers are the same. offload, window:
+    checkpointing, attention: how the UNet runs, see `Condition`; answers are the same. offload, window:
     what waits in host memory while it does not compute, as `models.load` placed it. upsampler: another model, which
     enlarges what this one draws, or None. released: its VAE has left for good.
     """
