@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from models import frozen, layers
-from models import unet as unet_module
+from models import frozen, layers, residual
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.layers import (
     Condition,
@@ -106,7 +105,7 @@ def test_what_all_images_are_told_costs_no_addition(monkeypatch: pytest.MonkeyPa
 @torch.no_grad()
 def test_a_residual_block_is_told_the_time_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(unet_module, "conv_plus", lambda *args: calls.append(args) or conv_plus(*args))
+    monkeypatch.setattr(residual, "conv_plus", lambda *args: calls.append(args) or conv_plus(*args))
     ResBlock(4, 4, 8, 2).requires_grad_(False)(torch.ones(3, 4, 6, 6), Condition(torch.ones(1, 8), None))
     assert len(calls) == 1
 
