@@ -13,9 +13,10 @@ from statistics import mean
 
 import torch
 from _command import run
+from _recipes import PHOTOGRAPHS, RECIPES, Recipe
 from _runs import require_place, write_json
 from tqdm import tqdm
-from train_inversion import EXAMPLE, PHOTOGRAPHS, RECIPES, Model, Recipe, require_base
+from train_inversion import EXAMPLE, Model, require_base
 
 import inversion
 import models

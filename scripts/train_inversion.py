@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from _command import run
 from _memory import HOW, how, outlined, show, within_budget
+from _recipes import PHOTOGRAPHS, RECIPES, Recipe
 from _runs import new_folder, resumed, save_flags, word_and_file, write_json
 from torch import Tensor
 from tqdm import tqdm
@@ -98,36 +99,6 @@ class Config:
     """A new folder to write into; None is outputs/<time>-<name>."""
     resume: Path | None = None
     """The output folder of an interrupted run, to continue it with the flags it was started with."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What suits a family of models; a flag that is None takes it from here."""
-
-    steps: int
-    batch_size: int
-    accumulation: int
-    learning_rate: float
-    validation_pairs: int
-    templates: str
-    prompt: str
-    vectors: int
-    """At least; a phrase of more tokens takes one for each."""
-
-    def settings(self, seed: int, **chosen: Any) -> TrainConfig:
-        """How to train. chosen: fields of a TrainConfig, where they are not None, over what suits the family."""
-        names = ("steps", "batch_size", "accumulation", "learning_rate", "validation_pairs")
-        numbers = {key: getattr(self, key) for key in names}
-        numbers |= {key: value for key, value in chosen.items() if value is not None}
-        return TrainConfig(**numbers, validate_every=max(1, round(numbers["steps"] / 12)), seed=seed)
-
-
-RECIPES = {
-    "emoji": Recipe(400, 16, 1, 1e-2, 16, "emoji", "an emoji of {}", 8),
-    "emoji-glide": Recipe(60, 16, 1, 2e-2, 32, "emoji", "an emoji of {}", 4),
-    "glide": Recipe(3000, 4, 1, 5e-3, 8, "object", "a photo of {}", 1),
-}
-PHOTOGRAPHS = Recipe(3000, 1, 4, 5e-3, 8, "object", "a photo of {}", 1)
 
 
 def main(config: Config) -> None:
