@@ -10,7 +10,6 @@ import models
 from inversion.choice import table
 from inversion.sizes import parsed, size
 from models.devices import choose_device
-from models.setting import Setting
 from models.weights import choose_dtype
 
 HOW = ("checkpointing", "attention", "offload")
@@ -52,12 +51,12 @@ def within_budget(config: Any, shell: Any, side: int, batch_size: int, drawn: in
     budget = parsed(config.memory_budget)
     best = inversion.fastest(planned(config, shell, side, batch_size), budget)
     print(f"{size(best.peak)} of {config.memory_budget}: {best.setting}")
-    setting: Setting = best.setting
-    afterwards = inversion.drawing(shell, setting, side, drawn, choose_device(config.device, must_be_there=False))
+    device = choose_device(config.device, must_be_there=False)
+    afterwards = inversion.drawing(shell, best.setting, side, drawn, device)
     if config.samples and afterwards > budget:
         print(f"drawing the samples afterwards takes {size(afterwards)}, more than that: --samples 0 leaves it out")
-    names = {name: getattr(setting, name) for name in HOW}
-    return replace(config, dtype=str(setting.dtype).removeprefix("torch."), **names)
+    chosen = {name: getattr(best.setting, name) for name in HOW}
+    return replace(config, dtype=str(best.setting.dtype).removeprefix("torch."), **chosen)
 
 
 def outlined(config: Any) -> Any:
