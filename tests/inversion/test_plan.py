@@ -17,8 +17,9 @@ from inversion import Concept, InversionError, Planned, drawing, fastest, plan, 
 from inversion.choice import table
 from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from inversion.objective import Batch, loss_and_gradient
-from inversion.plan import CUBLAS, HEAP, _followed, as_on
+from inversion.plan import CUBLAS, HEAP
 from inversion.sizes import parsed, size
+from inversion.stand_in import as_on, fake_device
 from models import ModelError, Setting
 from models.attend import attend
 from models.loading import EMBEDDED
@@ -265,7 +266,7 @@ def test_half_the_bits_take_half_the_memory() -> None:
 
 def test_a_gpu_s_tensors_take_whole_blocks_and_its_convolutions_copy_as_cudnn_s_do() -> None:
     """Blocks of 512 bytes; and of what lies channels-last nothing, where a CPU's would copy the weight."""
-    where, mode, memory = _followed(torch.device("cuda"))
+    where, mode, memory = fake_device(torch.device("cuda"))
     with mode, memory:
         empty = partial(torch.empty, dtype=torch.float16, device=where, memory_format=torch.channels_last)
         held = [empty(1, 3, 8, 8), empty(4, 3, 3, 3)]                           # 384 and 216 bytes
