@@ -131,13 +131,7 @@ class LatentModel(UNetModel):
 
     def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image's latents. Raises ModelError for a size that the networks cannot halve."""
-        multiple = self.vae.factor * self.unet.config.factor
-        if height < 1 or width < 1 or height % multiple or width % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-            raise ModelError(
-                f"an image of {width}x{height} pixels cannot be halved by this model: "
-                f"both sides must be multiples of {multiple}, {near[0]}x{near[1]} for example"
-            )
+        self.require_size(height, width, self.vae.factor * self.unet.config.factor)
         return self.vae.config.latent_channels, height // self.vae.factor, width // self.vae.factor
 
     def release_encoder(self) -> None:

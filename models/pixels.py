@@ -83,12 +83,7 @@ class PixelModel(UNetModel):
 
     def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(3, H, W). Raises ModelError for a size that the network cannot halve."""
-        multiple = self.unet.config.factor
-        if height < 1 or width < 1 or height % multiple or width % multiple:
-            raise ModelError(
-                f"an image of {width}x{height} pixels cannot be halved by this model: both sides must be multiples of "
-                f"{multiple}"
-            )
+        self.require_size(height, width, self.unet.config.factor)
         return 3, height, width
 
     def release_encoder(self) -> None:

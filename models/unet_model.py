@@ -94,6 +94,15 @@ class UNetModel:
         how = {"checkpointing": self.checkpointing, "attention": self.attention, "window": self.window}
         return at_least_float32(self.unet(x.to(self.dtype), t.to(x.device), context, pooled, **how))
 
+    def require_size(self, height: int, width: int, multiple: int) -> None:
+        """Raise ModelError for an image whose sides are no multiples of a number: it cannot be halved often enough."""
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+            raise ModelError(
+                f"an image of {width}x{height} pixels cannot be halved by this model: "
+                f"both sides must be multiples of {multiple}, {near[0]}x{near[1]} for example"
+            )
+
     def require_fit(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
         """Raise ModelError for two numbers that differ, each pair under what it is, and for an unknown prediction."""
         for what, (first, second) in pairs.items():
