@@ -96,6 +96,12 @@ class Denoiser(Protocol):
 FORMS = {"epsilon": Prediction.from_eps, "v_prediction": Prediction.from_v, "sample": Prediction.from_x0}
 
 
+def require_form(form: str) -> None:
+    """Raise DiffusionError unless networks predict in this form, one of `epsilon`, `v_prediction` and `sample`."""
+    if form not in FORMS:
+        raise DiffusionError(f"no network predicts {form!r} here; there are {', '.join(FORMS)}")
+
+
 def predict(form: str, x_t: Tensor, output: Tensor, alpha_bar: float | Tensor) -> Prediction:
     """A network's raw output as a Prediction.
 
@@ -103,8 +109,7 @@ def predict(form: str, x_t: Tensor, output: Tensor, alpha_bar: float | Tensor) -
     (B, C, …), or (B, 2C, …) of a network that learned its variance, whose second half u lies in [-1, 1].
     Raises DiffusionError for another form.
     """
-    if form not in FORMS:
-        raise DiffusionError(f"no network predicts {form!r} here; there are {', '.join(FORMS)}")
+    require_form(form)
     channels = x_t.shape[1]
     prediction = FORMS[form](x_t, output[:, :channels], alpha_bar)
     if output.shape[1] == channels:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import predict
+from diffusion.denoiser import predict, require_form
 from diffusion.errors import DiffusionError
 from diffusion.posterior import learned_log_variance, posterior_mean, posterior_variance, step_beta
 from diffusion.schedule import Schedule, coefficient
@@ -29,13 +29,10 @@ def target(schedule: Schedule, form: str, x0: Tensor, t: Tensor, noise: Tensor) 
     form: `epsilon`, `v_prediction` or `sample`. x0, noise: (B, …). t: (B,) int64. Returns (B, …).
     Raises DiffusionError for another form, and for v at a time that the schedule does not have.
     """
-    if form == "epsilon":
-        return noise
+    require_form(form)
     if form == "v_prediction":
         return schedule.velocity(x0, t, noise)
-    if form == "sample":
-        return x0
-    raise DiffusionError(f"no network predicts {form!r} here; there are epsilon, v_prediction and sample")
+    return noise if form == "epsilon" else x0
 
 
 def mse(output: Tensor, wanted: Tensor) -> Tensor:
@@ -56,15 +53,14 @@ def min_snr_weight(schedule: Schedule, form: str, t: Tensor, gamma: float = 5.0)
     """
     if not isinstance(gamma, Real) or not gamma > 0:
         raise DiffusionError(f"gamma is a number above 0, not {gamma!r}: math.inf is no limit")
+    require_form(form)
     snr = schedule.snr(t)
     if form == "epsilon":
         weight = (gamma / snr).clamp(max=1)  # SNR = 0 gives 1
     elif form == "v_prediction":
         weight = snr.clamp(max=gamma) / (snr + 1)
-    elif form == "sample":
-        weight = snr.clamp(max=gamma)
     else:
-        raise DiffusionError(f"no network predicts {form!r} here; there are epsilon, v_prediction and sample")
+        weight = snr.clamp(max=gamma)
     return weight.float().to(t.device)
 
 
