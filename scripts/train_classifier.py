@@ -21,8 +21,9 @@ from typing import Literal
 import torch
 from _classes import Classes, every_tenth, read_classes, varied
 from _command import run
+from _flags import begun
 from _runs import write_json
-from _training import Trainer, begun, run_steps
+from _training import Trainer, run_steps
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm

@@ -36,9 +36,10 @@ from typing import Literal
 
 import torch
 from _command import run
+from _flags import begun
 from _lesson import Captions, Pictures
 from _pictures import read_told
-from _training import Trainer, begun, run_steps
+from _training import Trainer, run_steps
 from _untrained import class_model, glide_model, latent_model
 from torch import Tensor, nn
 from torch.nn import functional

@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 from _command import run
+from _flags import begun
 from _runs import write_json
-from _training import Trainer, begun, run_steps
+from _training import Trainer, run_steps
 from torch import Tensor
 
 from inversion.images import read_folder
