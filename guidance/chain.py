@@ -24,6 +24,7 @@ class Model(Protocol):
     resolution: int
     width: int
     family: str
+    source: str      # where it is from, for what is said of it
     device: torch.device
     sampling: Any    # the sampler, its steps, the guidance scale, the factor on the first noise
     pixels: bool     # x_0 is an image in [-1, 1], and is clipped as such
