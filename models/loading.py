@@ -157,14 +157,12 @@ def save(
     if layout not in ("diffusers", "single"):
         raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")
     _require_own_weights(model)
-    if not isinstance(model, LatentModel):
-        write = write_glide if isinstance(model, GlideModel) else write_class_model
-        with my_turn:
-            write(model, Path(path), dtype)
-        return
     if model.released:
         raise ModelError("the VAE was released from memory (release_encoder): load the model again to save it")
-    write = {"diffusers": write_folder, "single": write_single_file}[layout]
+    if isinstance(model, LatentModel):
+        write = write_folder if layout == "diffusers" else write_single_file
+    else:
+        write = write_glide if isinstance(model, GlideModel) else write_class_model
     with my_turn:
         write(model, Path(path), dtype)
 
