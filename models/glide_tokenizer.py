@@ -9,14 +9,13 @@ Source: Radford et al. 2019 (GPT-2), section 2.2; openai/glide-text2im @ 69b5307
 """
 
 import gzip
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.errors import ModelError
 from models.tokenizer import Tokens, by_owner, expanded, fitted, padded
-from models.vocabulary import byte_characters, read_merges
+from models.vocabulary import byte_characters, merges_of, read_merges
 
 END = "<|endoftext|>"
 BYTES_AND_END = 257
@@ -59,9 +58,7 @@ class GlideTokenizer:
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
         bpe.train_from_iterator((caption.lower() for caption in captions), trainer)
-        merges = json.loads(bpe.to_str())["model"]["merges"]
-        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-        return cls(pairs[: vocab_size - BYTES_AND_END], length)
+        return cls(merges_of(bpe)[: vocab_size - BYTES_AND_END], length)
 
     def tokens_of(self, text: str) -> list[int]:
         """The ids of a text as it stands inside a sentence, behind a space; without padding or placeholders."""

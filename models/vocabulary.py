@@ -75,8 +75,12 @@ def learn(captions: Iterable[str], size: int) -> Vocabulary:
     bpe.train_from_iterator(captions, trainer)
     # The trainer counts only the bytes that it met, so it may learn more merges than there is room for; a
     # merge needs earlier ones only, so the list can be cut anywhere.
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    return from_merges(_pair(merge) for merge in merges[: size - BYTE_TOKENS])
+    return from_merges(merges_of(bpe)[: size - BYTE_TOKENS])
+
+
+def merges_of(bpe: Any) -> list[tuple[str, str]]:
+    """What a `tokenizers.Tokenizer` has learned to merge, first merged first."""
+    return [_pair(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
 
 
 def read(folder: Path) -> tuple[Vocabulary, dict[str, Any]]:
