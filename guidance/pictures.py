@@ -68,7 +68,7 @@ def _require_sides(image: Tensor, factor: int, height: int | None, width: int | 
             )
         if found % factor or asked not in (None, found // factor):
             raise GuidanceError(
-                f"the {side} of the image is {found}, and the model draws a {factor}th of it"
+                f"the {side} of the image is {found}, and the model draws 1/{factor} of it"
                 + (f", not {asked}" if asked is not None else f": make it a multiple of {factor}")
             )
 

@@ -234,7 +234,7 @@ def test_the_sides_asked_for_beside_a_mask_are_the_base_s() -> None:
     base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     image, mask = torch.zeros(3, 64, 32), torch.ones(64, 32)
     assert pictures.pictures(base, image, mask, 1, 16, 8).sides == (16, 8)
-    with pytest.raises(GuidanceError, match="the height of the image is 64, and the model draws a 4th of it, not 64"):
+    with pytest.raises(GuidanceError, match="the height of the image is 64, and the model draws 1/4 of it, not 64"):
         pictures.pictures(base, image, mask, 1, 64, None)
     with pytest.raises(GuidanceError, match="the height asked for, 16, is not that of the image .* 64"):
         pictures.pictures(tiny_glide(inpaints=True), image, mask, 1, 16, None)

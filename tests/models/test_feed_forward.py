@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from models import attention
 from models.attention import GEGLU, SpatialTransformer, TransformerBlock
-from models.layers import Condition
+from models.condition import Condition
 from tests.tiny import randomise
 
 

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import fused_linear
 from models.checkpointing import checkpoint
+from models.condition import Condition
 from models.fused_linear import is_worth_it, linear_geglu, linear_plus
-from models.layers import Condition, Conv2d, Linear, plus_conv, plus_linear
+from models.layers import Conv2d, Linear, plus_conv, plus_linear
 from models.unet import ResBlock
 
 pytestmark = pytest.mark.skipif(

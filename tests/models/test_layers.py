@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from models import frozen, layers, residual
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
+from models.condition import Condition
 from models.layers import (
-    Condition,
     Conv2d,
     GroupNorm,
     Linear,

@@ -15,8 +15,8 @@ from models import attention, bands
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer, TransformerBlock
 from models.checkpointing import Checkpointing
+from models.condition import Condition
 from models.errors import ModelError
-from models.layers import Condition
 from models.unet import ResBlock, UNet, UNetConfig
 from tests.tiny import randomise, tiny_model
 
