@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inversion.errors import InversionError
 from inversion.scaling import after_overflow, after_updates
-from models.replacing import replacing
+from models.replacing import write_pickle
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 PROGRESS = 1e-3  # a validation loss lower by this part of the best one counts as progress
@@ -85,8 +85,7 @@ class State:
 
     def save(self, path: Path, run: dict[str, Any]) -> None:
         """Write the state and a description of its run beside `path`, and rename. Raises OSError, for a full disk."""
-        with replacing(path) as beside, open(beside, "wb") as file:     # by its name, torch raises another error
-            torch.save({"run": run, "state": asdict(self)}, file)
+        write_pickle(path, {"run": run, "state": asdict(self)})
 
     @classmethod
     def load(cls, path: Path, run: dict[str, Any], shape: torch.Size) -> "State":

@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -27,3 +30,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_pickle(path: Path, content: Any) -> None:
+    """What torch.save writes of tensors and numbers, beside `path`, and rename.
+
+    Raises OSError, for a full disk too: that torch hides behind a RuntimeError of its own when it then closes the file.
+    """
+    with replacing(path) as beside, open(beside, "wb") as file:     # by its name, torch would lose the system's error
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from inversion.training import step_generator
 from models import ModelError
-from models.replacing import replacing
+from models.replacing import write_pickle
 
 
 class Trainer:
@@ -86,8 +86,7 @@ class Trainer:
         """Everything a resumed run needs, written beside `path` and renamed. Raises OSError, for a full disk too."""
         state = {"step": self.step, "names": self.names, "optimizers": [each.state_dict() for each in self.optimizers]}
         state |= {"best": self.best, "master": [p.detach() for p in self.master], "average": self.average}
-        with replacing(path) as beside, open(beside, "wb") as file:     # by its name, torch raises another error
-            torch.save(state, file)
+        write_pickle(path, state)
 
     def load(self, path: Path) -> None:
         """Continue from a file of `save`, if it is there. Raises ModelError if it belongs to other networks."""

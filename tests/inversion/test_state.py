@@ -93,9 +93,10 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["s.pt"]
 
 
-def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_state_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [0, 100, 5_000, 100_000, 162_000])    # of 162.5 kB: wherever it tears
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_state_before(tmp_path: Path, room: int) -> None:
     State.start(torch.zeros(1, 4)).save(tmp_path / "s.pt", {"seed": 1})
-    with full_disk(), pytest.raises(OSError, match=r"[Ff]ile .*s\.pt"):
+    with full_disk(room), pytest.raises(OSError, match=r"[Ff]ile .*s\.pt"):
         State.start(torch.zeros(100, 100)).save(tmp_path / "s.pt", {"seed": 1})
     assert State.load(tmp_path / "s.pt", {"seed": 1}, torch.Size([1, 4])).step == 0
     assert [file.name for file in tmp_path.iterdir()] == ["s.pt"]

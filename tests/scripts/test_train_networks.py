@@ -475,13 +475,14 @@ def save_trainer(file: Path) -> None:
     script("_training").Trainer({"layer": torch.nn.Linear(30, 50)}, 1e-3, 10, 1, 0.9).save(file)
 
 
+@pytest.mark.parametrize("room", [0, 100, 300])
 @pytest.mark.parametrize(
     "write", [save_trainer, lambda file: script("_runs").write_json(file, "long" * 100)], ids=["state", "json"]
 )
 def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing_half_written(
-    tmp_path: Path, write: Callable[[Path], None]
+    tmp_path: Path, write: Callable[[Path], None], room: int
 ) -> None:
-    with full_disk(), pytest.raises(OSError, match=r"[Ff]ile .*x'$"):
+    with full_disk(room), pytest.raises(OSError, match=r"[Ff]ile .*x'$"):
         write(tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
