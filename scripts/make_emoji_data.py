@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models import ModelError
+from models.replacing import replacing
 
 STYLES = {"google": "noto", "twitter": "twemoji"}
 HELD_OUT = Path(__file__).parents[1] / "models/data/emoji/held_out.txt"
@@ -96,8 +97,7 @@ def write_classes(found: list[tuple[str, str, dict, Path]], config: Config, held
     for style, name, entry, file in found:
         if key := class_of(entry):
             target = config.output / ("classes_held_out" if name in held_out else "classes") / key
-            target.mkdir(parents=True, exist_ok=True)
-            over_white(file, config.size).save(target / f"{style}-{file.name}")
+            write_png(target / f"{style}-{file.name}", over_white(file, config.size))
 
 
 def pictures(config: Config) -> Iterator[tuple[str, str, dict, Path]]:
@@ -120,6 +120,12 @@ def over_white(file: Path, size: int) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
+def write_png(path: Path, picture: Image.Image) -> None:
+    """The picture, written beside `path` and renamed."""
+    with replacing(path) as beside:
+        picture.save(beside, format="PNG")
+
+
 def main(config: Config) -> None:
     """Write the folders."""
     if config.size < 1:
@@ -136,15 +142,14 @@ def main(config: Config) -> None:
         drawn = entry and is_drawn(entry) and (not config.categories or entry["category"] in config.categories)
         kinds = ["held_out"] if name in held_out else ["vae"] + ["captioned"] * bool(drawn)
         for kind in kinds:
-            target = config.output / kind / style / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target)
+            write_png(config.output / kind / style / file.name, picture)
             if kind != "vae" and entry:
                 row = {"file": f"{style}/{file.name}", "name": name, "style": style}
                 rows[kind].append(row | {"captions": captions(name, style, entry["subcategory"])})
     for kind, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (config.output / kind / "captions.jsonl").write_text(text, encoding="utf-8")
+        with replacing(config.output / kind / "captions.jsonl") as beside:
+            beside.write_text(text, encoding="utf-8")
         print(f"{kind}: {len(lines)} pictures of {len({line['name'] for line in lines})} concepts")
 
 

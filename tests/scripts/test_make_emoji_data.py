@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from models import ModelError
+from tests.disk import full_disk
 from tests.scripts.test_train_networks import script
 
 
@@ -78,3 +79,21 @@ def test_flags_that_make_no_sense_leave_nothing(tmp_path: Path, flags: dict, sai
     with pytest.raises(ModelError, match=said):
         module.main(module.Config(**{"packages": tmp_path, "output": tmp_path / "out"} | flags))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("room", "file"), [(100, r"red\.png"), (700, r"captions\.jsonl")])
+def test_a_full_disk_is_named_with_the_file_and_tears_none(tmp_path: Path, room: int, file: str) -> None:
+    """Half a captions.jsonl would be a smaller data set."""
+    module = script("make_emoji_data")
+    entries = [
+        {"name": f"RED {i}", "category": "Objects", "subcategory": "household", "image": "red.png"} for i in range(9)
+    ]
+    for vendor in module.STYLES:
+        images = tmp_path / "in" / f"emoji-datasource-{vendor}" / "img" / vendor / "64"
+        images.mkdir(parents=True)
+        Image.linear_gradient("L").resize((64, 64)).save(images / "red.png")
+        (tmp_path / "in" / f"emoji-datasource-{vendor}" / "emoji.json").write_text(json.dumps(entries))
+    with full_disk(room), pytest.raises(OSError, match=file):
+        module.main(module.Config(tmp_path / "in", tmp_path / "out", size=32))
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        Image.open(path).load()
