@@ -77,6 +77,10 @@ def main(config: Config) -> None:
     """Train every start with every seed, print the table, draw."""
     if not config.seeds:
         raise InversionError("--seeds needs at least one number")
+    if config.phrase == config.word:
+        raise InversionError(f"--phrase {config.phrase} is the word itself, one start and not two: give another phrase")
+    if config.samples < 1:
+        raise InversionError(f"--samples is how many columns the picture has, at least 1, not {config.samples}")
     require_place(picture=config.picture, output=config.output)
     files, model = inversion.find_images(config.images), require_base(models.load(config.model))
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)

@@ -44,6 +44,18 @@ def test_what_cannot_be_written_is_not_trained_for(script: ModuleType, folder: P
         script.main(script.Config(str(folder / "no model"), folder / "photos", **{flag: folder}))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"samples": 0, "picture": Path("x.png")}, "--samples is how many columns the picture has, at least 1, not 0"),
+        ({"phrase": "dog"}, "--phrase dog is the word itself"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_trained_for(script: ModuleType, folder: Path, flags: dict, said: str) -> None:
+    with pytest.raises(InversionError, match=said):
+        script.main(script.Config(str(folder / "no model"), folder / "photos", **flags))
+
+
 def test_three_starts_are_compared_on_one_set(
     script: ModuleType, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
