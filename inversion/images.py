@@ -115,6 +115,8 @@ def decode(file: Path) -> "Image":
             raise InversionError(
                 f"{file} holds pixels of {low:.0f} to {high:.0f}, of unknown white: save it with 8 or 16 bits"
             )
+        if "transparency" in image.info:                # a PNG's one grey that is none
+            pixels[pixels == image.info["transparency"]] = 65535
         image = Image.fromarray((pixels / 257).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")

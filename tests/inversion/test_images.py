@@ -1,4 +1,6 @@
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +92,19 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     )
     assert colour(read_folder(tmp_path, 32), 5, 5) == (255, 255, 255)
+
+
+def test_a_transparent_grey_of_sixteen_bits_lies_on_white(tmp_path: Path) -> None:
+    """Pillow writes no such file: its tRNS chunk is put behind the header."""
+    pixels = np.full((32, 32), 50_000, dtype=np.uint16)
+    pixels[:, :16] = 1000
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    whole, chunk = (tmp_path / "a.png").read_bytes(), b"tRNS" + struct.pack(">H", 1000)
+    inserted = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(whole[:33] + inserted + whole[33:])
+    images = read_folder(tmp_path, 32)
+    assert colour(images, 16, 4) == (255, 255, 255)
+    assert colour(images, 16, 28) == (195, 195, 195)
 
 
 @pytest.mark.parametrize(("dtype", "suffix"), [("<u2", "png"), ("<u2", "tiff"), (">u2", "tiff"), ("<i4", "tiff")])
