@@ -67,19 +67,28 @@ def compare(works: Sequence[Work], ours: Side, peer: Side | None, rounds: int = 
             yield row(work, *map(statistics.median, zip(*seconds)), *missing, *peaks, *missing)
 
 
-def compare_cold(work: Work, ours: Side, peer: Side, rounds: int = 3) -> dict[str, Any]:
-    """The row of what a process does once, like loading: new processes for every step, nothing warm."""
-    seconds, peaks = [], []
-    for _ in range(rounds):
-        answers = []
-        for name, side in (("ours", ours), ("peer", peer)):
-            with Sides([Process(name, side, work)]) as (process,):
-                process.ask("start", work)
-                answers.append([process.ask("step"), process.ask("peak")])
-        for several, pair in zip((seconds, peaks), zip(*answers)):
-            several.append(pair)
-    bytes_over = [None if None in each else statistics.median(each) for each in zip(*peaks)]
-    return row(work, *map(statistics.median, zip(*seconds)), *bytes_over)
+def compare_cold(works: Sequence[Work], ours: Side, peer: Side, rounds: int = 3) -> Iterator[dict[str, Any]]:
+    """A row for each way in which we do once, like loading, what the peer does in the first's: medians of `rounds`.
+
+    Nothing is warm: new processes for every step.
+    """
+    runs = [*(("ours", ours, work) for work in works), ("peer", peer, works[0])]
+    measured = [[cold(*run) for run in runs] for _ in range(rounds)]
+    *mine, theirs = ([median(values) for values in zip(*of_one)] for of_one in zip(*measured))     # seconds, bytes
+    for work, (seconds, peak) in zip(works, mine):
+        yield row(work, seconds, theirs[0], peak, theirs[1])
+
+
+def cold(name: str, side: Side, work: Work) -> tuple[float, int | None]:
+    """Seconds of a new process's first step, and its peak in bytes. name: for messages."""
+    with Sides([Process(name, side, work)]) as (process,):
+        process.ask("start", work)
+        return process.ask("step"), process.ask("peak")
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median, if all were measured."""
+    return None if None in values else statistics.median(values)
 
 
 def row(

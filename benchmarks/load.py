@@ -8,8 +8,8 @@ two prompts and takes a guided step of 512x512. Files that were just written are
 There are no weights in place when this begins, so here the bytes are all that the process's peak rose by.
 
 In the mode `low_memory` ours streams the UNet's layers and lets the text transformer go (`offload="stream"`), and the
-peer is the same as in `plain`: its pipeline has no setting that needs less memory here without taking several times as
-long.
+peer is that of `plain`, run once a round for both: its pipeline has no setting that needs less memory here without
+taking several times as long.
 
 `load_all` loads, and then reads every weight once, as any use does to those that it needs; a memory map costs nothing
 before it is read. Exits 1 if that takes more than 1.2 times the weights of our side, or if the two sides' x after the
@@ -34,10 +34,10 @@ from models.presets import SD1, Preset, untrained
 
 ALLOWED_GROWTH, ALLOWED_ERROR = 1.2, 1e-4
 DTYPES = "float32", "bfloat16"
-WORKS = {                                                       # and how many times each is measured
-    **{Work("load", dtype, 512, mode): 3 for mode in ("plain", "low_memory") for dtype in DTYPES},
-    **{Work("load_all", dtype, 512): 1 for dtype in DTYPES},
-}
+WORKS = [                               # what is held beside one run of the peer's, and how many times it is measured
+    *(([Work("load", dtype, 512, mode) for mode in ("plain", "low_memory")], 3) for dtype in DTYPES),
+    *(([Work("load_all", dtype, 512)], 1) for dtype in DTYPES),
+]
 THRIFTY = {"offload": "stream", "checkpointing": "blocks"}
 
 
@@ -116,13 +116,13 @@ def measure() -> Iterator[dict[str, Any]]:
         ours = Side(imports, partial(start_ours, folder=folder))
         peer = Side(peer_imports, partial(start_peer, folder=folder))
         writer = Side(partial(write, folder=folder), peer.start)
-        first, *_ = WORKS
+        (first, *_), _ = WORKS[0]
         with Sides([Process("writing the folder", writer, first)]) as (process,):
             process.ask("start", first)         # answered once it has written
-        for work, rounds in WORKS.items():
-            row = compare_cold(work, ours, peer, rounds)
-            yield row
-            check_growth(row)
+        for works, rounds in WORKS:
+            for row in compare_cold(works, ours, peer, rounds):
+                yield row
+                check_growth(row)
         check_step(folder)
 
 

@@ -74,12 +74,22 @@ def test_what_is_not_measured_is_none(scripted: type[Scripted]) -> None:
 
 
 def test_cold_steps_have_new_processes(scripted: type[Scripted]) -> None:
-    scripted.answers["ours"] = {"step": [1.0, 3.0, 2.0], "peak": [1, 2, 9]}
+    """Two ways of ours, in turn with one of the peer's, which both are compared with."""
+    scripted.answers["ours"] = {"step": [1.0, 2.0, 3.0, 6.0, 2.0, 4.0], "peak": [1, 8, 2, 8, 9, 8]}
     scripted.answers["peer"] = {"step": [8.0] * 3, "peak": [4] * 3}
-    row = _measure.compare_cold(WORK, Side(None, None), Side(None, None))
-    life = [(name, each) for name in ("ours", "peer") for each in ("start", "step", "peak", "end")]
+    thrifty = replace(WORK, mode="low_memory")
+    rows = list(_measure.compare_cold([WORK, thrifty], Side(None, None), Side(None, None)))
+    life = [(name, each) for name in ("ours", "ours", "peer") for each in ("start", "step", "peak", "end")]
     assert scripted.asked == life * 3
-    assert (row["ours_s"], row["ratio"], row["ours_bytes_over_weights"], row["ratio_bytes"]) == (2.0, 0.25, 2, 0.5)
+    keys = ("mode", "ours_s", "ratio", "ours_bytes_over_weights", "ratio_bytes")
+    found = [tuple(row[key] for key in keys) for row in rows]
+    assert found == [("plain", 2.0, 0.25, 2, 0.5), ("low_memory", 4.0, 0.5, 8, 2.0)]
+
+
+def test_cold_memory_that_the_system_does_not_tell(scripted: type[Scripted]) -> None:
+    scripted.answers = {name: {"step": [1.0], "peak": [None]} for name in ("ours", "peer")}
+    (row,) = _measure.compare_cold([WORK], Side(None, None), Side(None, None), rounds=1)
+    assert (row["ratio"], row["ours_bytes_over_weights"], row["ratio_bytes"]) == (1.0, None, None)
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, measure: Callable[[], Iterator[dict]], *arguments: str) -> Any:
