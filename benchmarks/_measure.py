@@ -68,9 +68,8 @@ def compare(works: Sequence[Work], ours: Side, peer: Side | None, rounds: int = 
 
 
 def compare_cold(works: Sequence[Work], ours: Side, peer: Side, rounds: int = 3) -> Iterator[dict[str, Any]]:
-    """A row for each way in which we do once, like loading, what the peer does in the first's: medians of `rounds`.
-
-    Nothing is warm: new processes for every step.
+    """A row for each of our ways to do what is done once, like loading, all beside one run of the peer's: medians of
+    `rounds`. Nothing is warm: every step has a new process. works: of them the peer does the first.
     """
     runs = [*(("ours", ours, work) for work in works), ("peer", peer, works[0])]
     measured = [[cold(*run) for run in runs] for _ in range(rounds)]

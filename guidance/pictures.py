@@ -61,15 +61,12 @@ def start(image: Tensor, count: int) -> Tensor:
 def _require_sides(image: Tensor, factor: int, height: int | None, width: int | None) -> None:
     """The image is as large as what is drawn: `factor` times the base's height and width, where these are given."""
     for side, asked, found in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
-        if factor == 1 and asked not in (None, found):
+        if found % factor:
+            raise GuidanceError(f"the {side} of the image is {found}: make it a multiple of {factor}")
+        if asked not in (None, found // factor):
             raise GuidanceError(
-                f"the {side} asked for, {asked}, is not that of the image to start from, {found}: leave it out, "
-                "or crop the image"
-            )
-        if found % factor or asked not in (None, found // factor):
-            raise GuidanceError(
-                f"the {side} of the image is {found}, and the model draws 1/{factor} of it"
-                + (f", not {asked}" if asked is not None else f": make it a multiple of {factor}")
+                f"the {side} asked for, {asked}, is not {found // factor}, which is drawn for an image of {found}: "
+                "leave it out, or crop the image"
             )
 
 

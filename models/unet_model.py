@@ -95,7 +95,7 @@ class UNetModel:
         return at_least_float32(self.unet(x.to(self.dtype), t.to(x.device), context, pooled, **how))
 
     def require_size(self, height: int, width: int, multiple: int) -> None:
-        """Raise ModelError for an image whose sides are no multiples of a number: it cannot be halved often enough."""
+        """Raise ModelError for an image whose sides, in pixels, are no multiples: it cannot be halved often enough."""
         if height < 1 or width < 1 or height % multiple or width % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
             raise ModelError(

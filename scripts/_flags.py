@@ -14,14 +14,14 @@ def begun(config: Any) -> Any:
     Raises ModelError for flags that no training can have, and InversionError if there is no such run, or something lies
     where a new one would.
     """
-    require_sense(config)
+    _require_sense(config)
     if config.resume:
         return resumed(config.output, config)
     new_folder(config.output, "training", "the same command and --resume")
     return config
 
 
-def require_sense(config: Any) -> None:
+def _require_sense(config: Any) -> None:
     """Raise ModelError for flags of a training that no training can have; config: a script's flags."""
     least = {"steps": 1, "batch_size": 1, "text_steps": 0, "save_every": 1, "size": 1, "seed": 0, "vocab_size": 1}
     least |= {"model_channels": 1, "head_channels": 1, "norm_groups": 1, "num_res_blocks": 1}

@@ -296,7 +296,7 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
         ({"image": torch.full((3, 16, 16), float("nan"))}, r"not float32 from nan to nan"),
         (
             {"image": torch.zeros(3, 16, 16), "width": 8},
-            "the width asked for, 8, is not that of the image .* 16",
+            "the width asked for, 8, is not 16, .* an image of 16:",
         ),
         (
             {"concepts": [Word("<a>", torch.zeros(1, 768))]},
