@@ -59,11 +59,11 @@ def copy_into(weight: Tensor, source: Tensor) -> None:
     if not (last and weight.device.type == "cpu"):
         weight.copy_(source)
         return
-    rows = max(1, PART // weight[0].numel())
-    for some, out in zip(source.split(rows), weight.permute(0, 2, 3, 1).flatten(1).split(rows)):
+    rows, each = max(1, PART // weight[0].numel()), (len(weight), -1, 1, 1)
+    given, wanted = channels_last(source.reshape(each)), weight.permute(0, 2, 3, 1).reshape(each)
+    for some, out in zip(given.split(rows), wanted.split(rows)):                               # (rows, C k k, 1, 1)
         wide = some.to(torch.promote_types(some.dtype, torch.float32))
-        numbers = channels_last(wide.reshape(len(some), -1, 1, 1))                             # (rows, C k k, 1, 1)
-        out.copy_(F.channel_shuffle(numbers, weight.shape[1]).flatten(1))                      # (rows, k k C)
+        out.copy_(F.channel_shuffle(wide, weight.shape[1]))                                    # (rows, k k C, 1, 1)
 
 
 def format_of(weight: Tensor, device: torch.device, dtype: torch.dtype) -> torch.memory_format:
