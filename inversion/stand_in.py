@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from models import Setting
 from models import sliced_attention as slices
-from models.copying import CopyAtOnce
+from models.copying import PLACES, CopyAtOnce
 from models.mapped import Mapped
 from models.setting import place
 from models.streaming import parameters_of
@@ -47,7 +47,7 @@ def placed(shell: Any, setting: Setting, where: torch.device, memory: LiveMemory
     model = replace(shell)
     waiting = _waiting(model, setting.offload)
     with memory:
-        place(model, setting, where, CopyAtOnce())
+        place(model, setting, where, CopyAtOnce(1 if where == CPU else PLACES))
         memory.hold(p for p in every_parameter(model) if id(p) not in waiting)
     return model, waiting
 

@@ -17,7 +17,9 @@ ALIGNED = 64  # elements, so that every weight starts on a multiple of 128 bytes
 
 
 class Copier(Protocol):
-    """How weights get from the host into a place."""
+    """How weights get from the host into a place. places: how many there are; of two, one is filled ahead."""
+
+    places: int
 
     def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> Any:
         """Copy each host tensor, cast to the other's dtype, into a device's; returns a ticket for `wait`."""
@@ -27,7 +29,12 @@ class Copier(Protocol):
 
 
 class CopyAtOnce:
-    """Copies when it is asked to: on a CPU nothing can go on beside it that would not slow it down."""
+    """Copies when it is asked to: on a CPU nothing can go on beside it that would not slow it down, so that a second
+    place would be of no use.
+    """
+
+    def __init__(self, places: int = 1) -> None:
+        self.places = places
 
     def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> None:
         """See `Copier`."""
@@ -43,6 +50,8 @@ class CopyBeside:
 
     size: elements of a place. The host memory that this pins is PLACES * size elements.
     """
+
+    places = PLACES
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)

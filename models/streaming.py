@@ -8,8 +8,8 @@ While a layer computes in one place, the next one's weights are copied into the 
 forward, downwards backward. Each layer is a checkpoint, so nothing of it but its inputs outlives its turn, and its
 weights come a second time when its gradient is computed. Values and gradients are those of the network itself.
 
-On a CPU weights are in reach already. What is converted goes into a place from a map of its own, see `mapped`; what is
-not is read in such a map, and there are no places.
+On a CPU weights are in reach already. What is converted goes into a place from a map of its own, see `mapped`, and one
+place will do, since nothing is fetched ahead; what is not converted is read in such a map, and there is no place.
 """
 
 import threading
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpointing import checkpoint
-from models.copying import PLACES, Copier, CopyAtOnce, CopyBeside, extent, views
+from models.copying import Copier, CopyAtOnce, CopyBeside, extent, views
 from models.errors import ModelError
 from models.layout import converted
 from models.mapped import Mapped, Seen, file_maps
@@ -52,12 +52,12 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
 
 
 class Window:
-    """Two places on a device through which the weights of layers pass, and the layers' computation with them.
+    """The places on a device through which the weights of layers pass, and the layers' computation with them.
 
     layers: in the order in which the network runs them; their own weights stay where they are and are only read, each
     time as they are then, see `Seen`: one may be replaced by another of its shape and dtype.
-    dtype: that the layers run in on the device. copier: how weights get there; None for what suits the device. On a CPU
-    that is no copy at all, if they have that dtype already.
+    dtype: that the layers run in on the device. copier: how weights get there, and through how many places; None for
+    what suits the device. On a CPU that is no copy at all, if they have that dtype already.
     """
 
     def __init__(
@@ -69,18 +69,19 @@ class Window:
         lie_there = device.type == "cpu" and all(weight.dtype == dtype for weights in host for weight in weights)
         self.moves = copier is not None or not lie_there
         size = max(extent(weights) for weights in host) if self.moves else 0
-        self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(PLACES)]
         beside = device.type == "cuda" and torch.cuda.is_available()
         self.copier = copier or (CopyBeside(size, dtype, device) if beside else CopyAtOnce())
-        self.held: list[tuple[int, list[Seen]] | None] = [None] * PLACES    # which layer lies there, and its weights
-        self.tickets: list[Any] = [None] * PLACES
+        count = self.copier.places
+        self.places = [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
+        self.held: list[tuple[int, list[Seen]] | None] = [None] * count     # which layer lies there, and its weights
+        self.tickets: list[Any] = [None] * count
         self.last = -1                                           # the layer that was taken last
 
     def __copy__(self) -> "Window":
         return self                         # what shares the places has to know what lies in them
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = [None] * PLACES           # what is on its way stays with this window; a copy of it fetches its own
+        nothing = [None] * len(self.places)                      # what is on its way stays here; a copy fetches its own
         return vars(self) | {"held": nothing, "tickets": list(nothing)}
 
     def run(self, layer: nn.Module, x: Tensor, cond: Any) -> Tensor:
@@ -103,7 +104,9 @@ class Window:
         return checkpoint(compute, x, *(getattr(cond, name) for name in reads), turn=my_turn)
 
     def take(self, i: int) -> list[Tensor]:
-        """The weights of layer i on the device; the layer after it, in the direction of travel, is on its way."""
+        """The weights of layer i on the device; if there is a second place, the layer after it, in the direction of
+        travel, is on its way.
+        """
         if not self.moves:
             return [weight.anew() for weight in self._weights(i)]
         here = self._bring(i, other_than=None)
@@ -114,7 +117,7 @@ class Window:
             raise
         ahead = i + 1 if i == 0 or i > self.last else i - 1
         self.last = i
-        if 0 <= ahead < len(self.layers):
+        if len(self.places) > 1 and 0 <= ahead < len(self.layers):
             self._bring(ahead, other_than=here)
         return views(self.places[here], parameters_of(self.layers[i]))
 
@@ -124,7 +127,7 @@ class Window:
         for place, held in enumerate(self.held):
             if held and held[0] == i and unchanged(held[1], self.layers[i]):
                 return place
-        place = next(p for p in range(PLACES) if p != other_than)
+        place = next(p for p in range(len(self.places)) if p != other_than)
         self.held[place] = None                                    # until it is there: a copy may be interrupted
         weights, first = self._weights(i), seen(self.layers[i])
         read = (weight.anew() for weight in weights)

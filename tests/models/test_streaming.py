@@ -16,9 +16,10 @@ from torch import Tensor
 
 import models
 from models import ModelError, streaming
+from models.copying import PLACES, CopyAtOnce, CopyBeside, extent
 from models.mapped import Mapped
 from models.setting import Setting, place
-from models.streaming import PLACES, CopyAtOnce, CopyBeside, Window, computing_with, extent, parameters_of
+from models.streaming import Window, computing_with, parameters_of
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 CPU = torch.device("cpu")
@@ -53,7 +54,8 @@ def step(model: Any) -> tuple[Tensor, Tensor]:
 class Watched(CopyAtOnce):
     """Notes which layers are copied where."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int) -> None:
+        super().__init__(places)
         self.seen: list[tuple[int, int]] = []
 
     def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> None:
@@ -104,7 +106,7 @@ def test_a_copy_that_was_interrupted_is_made_anew() -> None:
             super().begin(place, host, device)
 
     model, wanted = tiny_model(), tiny_model()
-    place(model, STREAM, CPU, Interrupted())
+    place(model, STREAM, CPU, Interrupted(PLACES))
     with pytest.raises(KeyboardInterrupt):
         step(model)
     wanted.checkpointing = "blocks"
@@ -128,7 +130,7 @@ def test_a_copy_that_failed_beside_is_made_anew() -> None:
                 raise OSError("the disk is gone")
 
     layers = [torch.nn.Linear(3, 2 + i) for i in range(4)]
-    window = Window(layers, CPU, torch.float64, Failing())
+    window = Window(layers, CPU, torch.float64, Failing(PLACES))
     for i in (0, 1):
         window.take(i)
     with pytest.raises(OSError, match="the disk is gone"):
@@ -163,7 +165,7 @@ def test_an_upsampler_waits_as_its_base_does() -> None:
 
 
 def test_the_window_holds_two_layers_and_each_is_copied_when_its_turn_comes() -> None:
-    model, copier = tiny_model(), Watched()
+    model, copier = tiny_model(), Watched(PLACES)
     layers = model.unet.layers()
     place(model, STREAM, CPU, copier)
     order = [parameters_of(layer)[0].data_ptr() for layer in layers]
@@ -177,6 +179,19 @@ def test_the_window_holds_two_layers_and_each_is_copied_when_its_turn_comes() ->
         assert all(first[0] != second[0] for first, second in zip(way, way[1:]))               # places take turns
     assert len(model.window.places) == PLACES == 2
     assert {len(held) for held in model.window.places} == {max(extent(parameters_of(layer)) for layer in layers)}
+
+
+def test_where_nothing_is_fetched_ahead_the_window_holds_one_layer(path: Path) -> None:
+    model, copier = tiny_model(), Watched(1)
+    place(model, STREAM, CPU, copier)
+    order = [parameters_of(layer)[0].data_ptr() for layer in model.unet.layers()]
+    step(model)
+    # up: every layer once. Down: the last is still there; the first two come before the first reading of the text
+    copied = [order.index(pointer) for _, pointer in copier.seen]
+    assert copied == [*range(len(order)), *range(len(order) - 2, 1, -1)]
+    loaded = models.load(path, "bfloat16", "cpu", **STREAMED)
+    largest = max(extent(parameters_of(layer)) for layer in loaded.unet.layers())
+    assert [len(held) for held in loaded.window.places] == [largest]
 
 
 def test_what_forward_keeps_is_no_weight() -> None:
@@ -427,10 +442,10 @@ def test_text_weights_that_are_trained_get_their_gradient(path: Path, dtype: str
     assert all(map(torch.equal, *gradients))
 
 
-def test_on_a_cpu_there_are_no_places_where_nothing_is_converted(path: Path) -> None:
-    for dtype, there in (("float32", True), ("bfloat16", False)):
+def test_on_a_cpu_there_is_no_place_where_nothing_is_converted(path: Path) -> None:
+    for dtype, empty in (("float32", True), ("bfloat16", False)):
         model = models.load(path, dtype, "cpu", **STREAMED)
-        assert [len(held) == 0 for held in model.window.places] == [there] * PLACES
+        assert [len(held) == 0 for held in model.window.places] == [empty]
 
 
 def test_a_layer_that_fails_gets_its_own_weights_back() -> None:
