@@ -33,7 +33,7 @@ class Config:
 
     word, phrase: the starts are one vector of the word, ten copies of it, and one vector a token of the phrase.
     seeds: trainings of each start. steps: of each; None is what suits the model. samples: columns of the picture.
-    output: a JSON file for the numbers.
+    output: a JSON file for the numbers, written after every training.
     """
 
     model: str = "emoji"
@@ -94,10 +94,10 @@ def main(config: Config) -> None:
                 result = inversion.train(model, start, images, prompts, settings, name=config.name, keep_encoder=True)
                 results.setdefault(label, []).append(result)
                 bar.update()
+                if config.output:
+                    write_json(config.output, {label: [r.metrics for r in all_of] for label, all_of in results.items()})
     print("\n".join(table(results)))
     print(f"“{config.name}” as plain words: {result.metrics['validation_loss_caption']:.4f}")
-    if config.output:
-        write_json(config.output, {label: [r.metrics for r in several] for label, several in results.items()})
     if config.picture:
         draw(config, model, recipe, images, {label: several[0].concept for label, several in results.items()})
 

@@ -84,6 +84,22 @@ def test_three_starts_are_compared_on_one_set(
     assert len(drawn) == 5
 
 
+def test_an_interrupted_comparison_leaves_the_numbers_that_it_had(
+    script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*given: object, **how: object) -> Result:
+        runs.append(given)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return Result(Concept("<x>", torch.zeros(1, 4)), {"validation_loss_best": float(len(runs))}, ())
+
+    runs, file = [], folder / "found.json"
+    monkeypatch.setattr(script.inversion, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(script.Config(str(folder), folder / "photos", "<x>", "cat", seeds=(0, 5), output=file))
+    assert json.loads(file.read_text()) == {"“dog”": [{"validation_loss_best": 1.0}, {"validation_loss_best": 2.0}]}
+
+
 def test_the_table_says_what_the_best_gained(script: ModuleType) -> None:
     def result(best: float) -> Result:
         metrics = {"validation_loss_initial": 0.5, "validation_loss_best": best}
