@@ -48,7 +48,7 @@ class CopyAtOnce:
 class CopyBeside:
     """Copies on a CUDA stream of its own, from pinned memory, which a thread fills: the GPU computes meanwhile.
 
-    size: elements of a place. The host memory that this pins is PLACES * size elements.
+    size: elements of a place. The host memory that this pins is PLACES * size elements, more if a place grows.
     """
 
     places = PLACES
@@ -60,7 +60,7 @@ class CopyBeside:
         self.thread = ThreadPoolExecutor(1, "weights")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CopyBeside, (self.pinned[0].numel(), self.pinned[0].dtype, self.device)
+        return CopyBeside, (max(map(len, self.pinned)), self.pinned[0].dtype, self.device)
 
     def begin(self, place: int, host: Iterable[Tensor], device: Sequence[Tensor]) -> "Future[torch.cuda.Event]":
         """See `Copier`. The place is overwritten once everything that the GPU was told before this has been done."""
@@ -77,6 +77,8 @@ class CopyBeside:
     ) -> torch.cuda.Event:
         if self.sent[place] is not None:
             self.sent[place].synchronize()           # what was pinned there before has left
+        if extent(device) > len(self.pinned[place]):
+            self.pinned[place] = torch.empty(extent(device), dtype=self.pinned[place].dtype, pin_memory=True)
         pinned = views(self.pinned[place], device)
         for source, target in zip(host, pinned):
             target.copy_(source)

@@ -55,7 +55,7 @@ class Window:
     """The places on a device through which the weights of layers pass, and the layers' computation with them.
 
     layers: in the order in which the network runs them; their own weights stay where they are and are only read, each
-    time as they are then, see `Seen`: one may be replaced by another of its shape and dtype.
+    time as they are then, see `Seen`: one may be replaced by another, and there may be more of them, as of a LoRA.
     dtype: that the layers run in on the device. copier: how weights get there, and through how many places; None for
     what suits the device. On a CPU that is no copy at all, if they have that dtype already.
     """
@@ -130,15 +130,18 @@ class Window:
         place = next(p for p in range(len(self.places)) if p != other_than)
         self.held[place] = None                                    # until it is there: a copy may be interrupted
         weights, first = self._weights(i), seen(self.layers[i])
+        size = extent(weight.weight for weight in weights)
+        if size > len(self.places[place]):                         # something was put into the layer since
+            self.places[place] = self.places[place].new_empty(size)
         read = (weight.anew() for weight in weights)
         self.tickets[place] = self.copier.begin(place, read, views(self.places[place], [w.weight for w in weights]))
         self.held[place] = i, first
         return place
 
     def _weights(self, i: int) -> list[Mapped]:
-        """Layer i's weights; one that has taken another's place lies in no file that is known."""
-        now = parameters_of(self.layers[i])
-        return [known if known.weight is own else Mapped(own, []) for known, own in zip(self.mapped[i], now)]
+        """Layer i's weights; one that came later lies in no file that is known."""
+        known = {id(each.weight): each for each in self.mapped[i]}
+        return [known.get(id(own)) or Mapped(own, []) for own in parameters_of(self.layers[i])]
 
 
 def seen(module: nn.Module) -> list[Seen]:
@@ -149,7 +152,8 @@ def seen(module: nn.Module) -> list[Seen]:
 
 def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
     """Whether a module's weights are those that were seen."""
-    return all(each.is_still(own) for each, own in zip(first, parameters_of(module)))
+    now = parameters_of(module)
+    return len(first) == len(now) and all(each.is_still(own) for each, own in zip(first, now))
 
 
 def require_unchanged(first: Sequence[Seen], module: nn.Module) -> None:
