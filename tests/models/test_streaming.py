@@ -113,7 +113,8 @@ def test_a_copy_that_was_interrupted_is_made_anew() -> None:
     same(step(model), step(wanted))
 
 
-def test_a_copy_that_failed_beside_is_made_anew() -> None:
+@pytest.mark.parametrize("places", [1, PLACES])
+def test_a_copy_that_failed_beside_is_made_anew(places: int) -> None:
     class Failing(CopyAtOnce):
         """Begins every copy, and finds only when it is waited for that the third came to nothing."""
 
@@ -130,7 +131,7 @@ def test_a_copy_that_failed_beside_is_made_anew() -> None:
                 raise OSError("the disk is gone")
 
     layers = [torch.nn.Linear(3, 2 + i) for i in range(4)]
-    window = Window(layers, CPU, torch.float64, Failing(PLACES))
+    window = Window(layers, CPU, torch.float64, Failing(places))
     for i in (0, 1):
         window.take(i)
     with pytest.raises(OSError, match="the disk is gone"):
