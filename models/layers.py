@@ -71,7 +71,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if as_it_is or matrix_products_are_fast():
         return F.linear(x, weight, bias)
     image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                               # (1, C_in, tokens, 1)
-    return frozen.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    y = frozen.conv2d(image, weight[:, :, None, None], bias)                                   # (1, C_out, tokens, 1)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
 def norm_conv(norm: NormSiLU, conv: Conv2d, x: Tensor, in_place: bool = False) -> Tensor:

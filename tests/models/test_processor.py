@@ -45,6 +45,10 @@ def test_a_linear_layer_is_the_same_sum_either_way(said: dict) -> None:
     assert torch.equal(torch.autograd.grad(linear(x, weight, bias).sum(), bias)[0], torch.full((6,), 10.0))
 
 
+def test_a_linear_layer_of_no_tokens(said: dict) -> None:
+    assert linear(torch.ones(0, 5, 8), torch.ones(6, 8), torch.ones(6)).shape == (0, 5, 6)
+
+
 def _functions(y: torch.Tensor) -> list:
     """The names of the operations of a tensor's graph."""
     found, todo = [], [y.grad_fn]
