@@ -74,7 +74,10 @@ class LiveMemory(TorchDispatchMode):
 
 @cache
 def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """torch's, and those that it lacks, of attention on a CPU. Imported when needed: they bring half of torch along."""
+    """torch's, and those that it lacks, of attention and linear layers on a CPU.
+
+    Imported when needed: they bring half of torch along.
+    """
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
     def forward(q: Any, k: Any, v: Any, *more: Any, **named: Any) -> int:
@@ -83,10 +86,15 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     def backward(d_out: Any, q: Any, k: Any, v: Any, *more: Any, **named: Any) -> int:
         return sdpa_backward_flop_count(d_out.shape, q.shape, k.shape, v.shape)
 
+    def linear(x: Any, *more: Any, out_val: Any, **named: Any) -> int:
+        return 2 * x.numel() * out_val.shape[-1]
+
     lacking = {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):              # not in every build of torch
+        lacking[torch.ops.mkldnn._linear_pointwise] = linear
     return {**flop_registry, **lacking}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from models import unfolded, winograd
+from models.checkpointing import dear
 from models.layout import laid_out
 from models.once import once_differentiable
 
@@ -38,11 +39,15 @@ class _Conv2d(torch.autograd.Function):
         ctx.size, ctx.stride, ctx.padding = x.shape[2:], stride, padding
         ctx.tiles = winograd.is_worth_it(x, weight, stride, padding)
         ctx.unfolds = not ctx.tiles and unfolded.is_small(x, weight, stride, padding)
-        if ctx.tiles:
-            return laid_out(winograd.convolved(x, weight, bias))
-        if ctx.unfolds:
-            return laid_out(unfolded.convolved(x, weight, bias, stride[0]))
-        return laid_out(F.conv2d(laid_out(x), weight, bias, stride, padding))
+
+        def convolved() -> Tensor:
+            if ctx.tiles:
+                return laid_out(winograd.convolved(x, weight, bias))
+            if ctx.unfolds:
+                return laid_out(unfolded.convolved(x, weight, bias, stride[0]))
+            return laid_out(F.conv2d(laid_out(x), weight, bias, stride, padding))
+
+        return dear(weight[0].numel(), convolved)
 
     @staticmethod
     @once_differentiable

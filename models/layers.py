@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from models import bands, doubled, frozen, fused_linear
+from models import bands, doubled, frozen, fused_linear, products
 from models.checkpointing import records
 from models.condition import Condition
 from models.errors import ModelError
 from models.group_norm import frozen_group_norm
-from models.processor import matrix_products_are_fast
 
 
 class Conv2d(nn.Conv2d):
@@ -63,16 +62,11 @@ class Pointwise(nn.Conv1d):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer. In float32 with frozen weights, on a CPU whose convolutions are faster than its matrix products,
-    it is computed as a 1x1 convolution of an image of tokens: the same sum.
-    """
+    """A linear layer, with frozen weights by the library that is the faster."""
     trained = weight.requires_grad or bias is not None and bias.requires_grad
-    as_it_is = trained or x.dtype != torch.float32 or x.device.type != "cpu"
-    if as_it_is or matrix_products_are_fast():
+    if trained or not products.onednn_is_faster(x):
         return F.linear(x, weight, bias)
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                               # (1, C_in, tokens, 1)
-    y = frozen.conv2d(image, weight[:, :, None, None], bias)                                   # (1, C_out, tokens, 1)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+    return products.frozen_product(x, weight, bias)
 
 
 def norm_conv(norm: NormSiLU, conv: Conv2d, x: Tensor, in_place: bool = False) -> Tensor:

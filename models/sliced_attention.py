@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from models.checkpointing import dear
 from models.fused_attention import fused_attention
 from models.once import once_differentiable
 from models.processor import LANES, fused_attention_has_bfloat16
@@ -58,6 +59,18 @@ def probabilities(q: Tensor, k_t: Tensor, first: int, causal: bool, s: Tensor) -
     return torch.softmax(s, dim=-1, out=s).to(q.dtype)
 
 
+def by_slices(q: Tensor, k: Tensor, v: Tensor, causal: bool, heads: int, rows: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, of so many heads and rows at a time. Returns (B, H, N, d)."""
+    out, memory = empty_tokens(q), _slice(q, k, heads, rows, _scores(q))
+    for i in some_heads(q, heads):
+        scaled, k_t, v_i = (q[i] * q.shape[-1] ** -0.5).contiguous(), k[i].mT.contiguous(), _whole(v[i])
+        for some in some_rows(q, rows):
+            q_s = scaled[:, some]
+            p = probabilities(q_s, k_t, some.start, causal, _for(q_s, memory))                 # (h, r, M)
+            out[i][:, some] = (p @ v_i)[..., : v.shape[-1]]
+    return out
+
+
 class _SlicedAttention(torch.autograd.Function):
     """apply(q, k, v, causal, heads, rows, fused_forward): q (B, H, N, d), k and v (B, H, M, d); the size of a slice.
 
@@ -70,16 +83,11 @@ class _SlicedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.causal, ctx.heads, ctx.rows = causal, heads, rows
-        if fused_forward:
-            return fused_attention(q, k, v, causal)
-        out, memory = empty_tokens(q), _slice(q, k, heads, rows, _scores(q))
-        for i in some_heads(q, heads):
-            scaled, k_t, v_i = (q[i] * q.shape[-1] ** -0.5).contiguous(), k[i].mT.contiguous(), _whole(v[i])
-            for some in some_rows(q, rows):
-                q_s = scaled[:, some]
-                p = probabilities(q_s, k_t, some.start, causal, _for(q_s, memory))             # (h, r, M)
-                out[i][:, some] = (p @ v_i)[..., : v.shape[-1]]
-        return out
+
+        def found() -> Tensor:
+            return fused_attention(q, k, v, causal) if fused_forward else by_slices(q, k, v, causal, heads, rows)
+
+        return dear(2 * k.shape[2], found)
 
     @staticmethod
     @once_differentiable

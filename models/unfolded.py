@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layout import empty
-from models.processor import matrix_products_are_fast
+from models.products import product
 
 Pair = tuple[int, int]
+PART_BYTES = 12 * 2**20     # of patches that are made at a time, by nine copies that so meet in the processor's cache
 SMALLER = 8     # a map is small if the weight has more than so many times its numbers, one of 1x1 more than them
 
 
@@ -28,8 +29,7 @@ def is_small(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     usual = weight.shape[3] == k and k % 2 == 1 and padding == (k // 2, k // 2) and stride[0] == stride[1]
     if not usual or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
-    times = 1 if k == 1 and matrix_products_are_fast() else SMALLER
-    return weight.numel() > times * x.numel() // stride[0] ** 2
+    return weight.numel() > (1 if k == 1 else SMALLER) * x.numel() // stride[0] ** 2
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
@@ -39,13 +39,16 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
     that it may be changed in place, as residual branches are.
     """
     height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
-    y, matrix = empty(x, len(weight), height, width), _matrix(weight)
-    patches = _patches(x, weight, height, width, stride).reshape(-1, matrix.shape[1])          # (B h w, C_in k k)
-    flat = y.permute(0, 2, 3, 1).view(-1, len(weight))                                         # (B h w, C_out)
-    if bias is None:
-        torch.mm(patches, matrix.T, out=flat)
-    else:
-        torch.addmm(bias, patches, matrix.T, out=flat)
+    y, matrix, k = empty(x, len(weight), height, width), _matrix(weight), weight.shape[2]
+    pixels, out = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)                                 # (B, h, w, C)
+    padded = pixels if k == 1 else F.pad(pixels, (0, 0, *4 * (k // 2,)))
+    rows = max(1, PART_BYTES // (width * matrix[0].nbytes))
+    images = max(1, rows // height)
+    for some, found in zip(padded.split(images), out.split(images)):
+        for first in range(0, height, rows):
+            part = found[:, first : first + rows]
+            patches = _patches(some[:, stride * first :], weight, *part.shape[1:3], stride).reshape(-1, matrix.shape[1])
+            part.copy_(product(patches, matrix, bias).view_as(part))
     return y
 
 
@@ -55,7 +58,7 @@ def gradient(dy: Tensor, weight: Tensor, size: tuple[int, int], stride: int = 1)
     Returns (B, C_in, *size), channels-last; summed in float32.
     """
     channels, k, (height, width) = weight.shape[1], weight.shape[2], dy.shape[2:]
-    patches = dy.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ _matrix(weight)                # (B h w, C_in k k)
+    patches = product(dy.permute(0, 2, 3, 1).reshape(-1, len(weight)), _matrix(weight).T)      # (B h w, C_in k k)
     if k == stride == 1:
         return patches.view(-1, height, width, channels).permute(0, 3, 1, 2)
     patches = patches.view(-1, height, width, *((k * k, channels) if _is_last(weight) else (channels, k * k)))
@@ -69,16 +72,14 @@ def gradient(dy: Tensor, weight: Tensor, size: tuple[int, int], stride: int = 1)
 
 
 def _patches(x: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """What each position of the answer sees, (B, h, w, …), in the order of the weight; of 1x1 the map itself."""
-    k, pixels = weight.shape[2], x.permute(0, 2, 3, 1)                                         # (B, H, W, C_in)
+    """What positions of the answer see of a padded map (B, H, W, C_in), (B, h, w, …), in the order of the weight."""
+    k = weight.shape[2]
     if k == stride == 1:
-        return pixels
-    padded = F.pad(pixels, (0, 0, *4 * (k // 2,)))                                             # (B, H + …, W + …, C_in)
+        return x[:, :height]
+    x = x[:, : stride * (height - 1) + k]
     if _is_last(weight):
-        return padded.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)      # (B, h, w, k, k, C_in)
-    seen = [
-        padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)
-    ]
+        return x.unfold(1, k, stride).unfold(2, k, stride).permute(0, 1, 2, 4, 5, 3)           # (B, h, w, k, k, C_in)
+    seen = [x[:, i : i + stride * height : stride, j : j + stride * width : stride] for i in range(k) for j in range(k)]
     return torch.stack(seen, dim=-1)                                                           # (B, h, w, C_in, k k)
 
 

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layout import channels_last, empty
-from models.processor import LANES
+from models.processor import LANES, matrix_products_are_fast
 
 Pair = tuple[int, int]
 TILE, SEEN = 4, 6               # pixels of an answer's tile along an axis, and of what it is made from
 POINTS = Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)
-PIXELS, CHANNELS = 512, 128     # of all images, and of both maps: from these on it is the quicker way
+CHANNELS = 128                  # of both maps: from these on, and from so many pixels, it is the quicker way
+PIXELS, PIXELS_OF_OTHERS = 512, 1024    # of all images: on Intel's processors, and where MKL's products are slower
 ROOM = 96 * 1280                # places of tiles, kernels and products each that are kept at their 36 points at a time
 
 
@@ -42,7 +43,8 @@ def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     if not suits or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():   # which would unroll its loops
         return False
     whole = not any(side % TILE for side in x.shape[2:])
-    return whole and x[:, 0].numel() >= PIXELS and min(weight.shape[:2]) >= CHANNELS
+    pixels = PIXELS if matrix_products_are_fast() else PIXELS_OF_OTHERS
+    return whole and x[:, 0].numel() >= pixels and min(weight.shape[:2]) >= CHANNELS
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1, turned: bool = False) -> Tensor:

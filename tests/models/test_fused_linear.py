@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import fused_linear
+from models import fused_linear, products
 from models.checkpointing import checkpoint
 from models.condition import Condition
 from models.fused_linear import is_worth_it, linear_geglu, linear_plus
@@ -56,6 +56,16 @@ def test_geglu() -> None:
     assert roundings(found, value * F.gelu(gate)) < 2.2      # the gate's, and its own; 4.2 one by one
 
 
+def test_in_float32_both_are_the_same_sums() -> None:
+    x, h, (weight, bias) = numbers(2, 96, 64).float(), numbers(2, 96, 80, seed=3).float(), layer(64, 160)
+    weight, bias = weight.float(), bias.float()
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    value, gate = exact.chunk(2, dim=-1)
+    # 64 products of float32, each rounded by 2^-24 of numbers below 10
+    torch.testing.assert_close(linear_plus(h, x, weight[:80], bias[:80]).double(), h + value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(linear_geglu(x, weight, bias).double(), value * F.gelu(gate), rtol=1e-5, atol=1e-5)
+
+
 def test_the_gate_s_gelu_is_the_exact_one() -> None:
     """Of -3 it is -3 Φ(-3) = -0.00405, where the approximation by tanh has -0.00364."""
     bias = torch.tensor([1.0] * 16 + [-3.0] * 16).bfloat16()
@@ -65,12 +75,16 @@ def test_the_gate_s_gelu_is_the_exact_one() -> None:
 
 
 def test_only_where_no_gradient_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    monkeypatch.setattr(fused_linear, "products_have_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "matrix_products_are_fast", lambda: True)
     x = numbers(1, 4, 8)
     assert not is_worth_it(x)
     with torch.no_grad():
         assert is_worth_it(x)
         assert not is_worth_it(x.float())
+        monkeypatch.setattr(products, "matrix_products_are_fast", lambda: False)
+        assert is_worth_it(x.float())
+        assert not is_worth_it(x.double())
         assert not is_worth_it(x.to("meta"))
         with FakeTensorMode():
             assert not is_worth_it(torch.empty(1, 4, 8, dtype=torch.bfloat16))     # for which it has no kernel
@@ -89,13 +103,13 @@ def test_layers_take_this_way_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fused_linear, "linear_plus", lambda h, x, weight, bias: "fused")
     project, x, h = Linear(8, 4).bfloat16(), numbers(1, 3, 8), numbers(1, 3, 4)
     for pays in (True, False):
-        monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda pays=pays: pays)
+        monkeypatch.setattr(fused_linear, "products_have_bfloat16", lambda pays=pays: pays)
         assert isinstance(plus_linear(h, project, x), str) == pays
 
 
 @torch.no_grad()
 def test_a_pointwise_convolution_and_its_addition_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    monkeypatch.setattr(fused_linear, "products_have_bfloat16", lambda: True)
     conv, x, h = Conv2d(64, 48, 1).bfloat16(), numbers(2, 64, 8, 12), numbers(2, 48, 8, 12, seed=3)
     weight, bias = layer(64, 48)
     conv.load_state_dict({"weight": weight[:, :, None, None], "bias": bias})
@@ -107,7 +121,7 @@ def test_a_pointwise_convolution_and_its_addition_are_rounded_once(monkeypatch: 
 
 @torch.no_grad()
 def test_shortcuts_of_residual_blocks_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    monkeypatch.setattr(fused_linear, "products_have_bfloat16", lambda: True)
     calls, plain = [], fused_linear.linear_plus
     monkeypatch.setattr(fused_linear, "linear_plus", lambda *args: calls.append(args) or plain(*args))
     x = numbers(2, 64, 64, 64).contiguous(memory_format=torch.channels_last)
@@ -117,7 +131,7 @@ def test_shortcuts_of_residual_blocks_take_it(monkeypatch: pytest.MonkeyPatch) -
 
 @torch.no_grad()
 def test_a_plan_goes_through_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", lambda: True)
+    monkeypatch.setattr(fused_linear, "products_have_bfloat16", lambda: True)
     block = ResBlock(64, 32, 8, 8).bfloat16().requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 64, 64, 64, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ NETWORKS = {"latent": lambda: tiny_model().unet, "glide": lambda: tiny_glide().u
 def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """With every shortcut taken where it can be."""
     monkeypatch.setattr(bands, "is_large", lambda x: True)
-    monkeypatch.setattr(fused_linear, "fused_attention_has_bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported)
+    monkeypatch.setattr(fused_linear, "products_have_bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported)
     name, dtype = request.param
     return NETWORKS[name]().to(dtype)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from models import frozen, layers, residual
+from models import layers, products, residual
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.condition import Condition
 from models.layers import (
@@ -111,13 +111,13 @@ def test_a_residual_block_is_told_the_time_that_way(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("make", [lambda: Linear(6, 5), lambda: Linear(6, 5, bias=False), lambda: Pointwise(6, 5, 1)])
-def test_where_products_are_slow_a_frozen_linear_layer_is_a_convolution(
+def test_where_products_are_slow_a_frozen_linear_layer_is_a_frozen_product(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32: it has the value and the gradient of the product. What learns stays autograd's own."""
-    monkeypatch.setattr(layers, "matrix_products_are_fast", lambda: False)
-    made, conv2d = [], frozen.conv2d
-    monkeypatch.setattr(frozen, "conv2d", lambda *args: made.append(conv2d(*args)) or made[-1])
+    monkeypatch.setattr(products, "matrix_products_are_fast", lambda: False)
+    made, product = [], products.frozen_product
+    monkeypatch.setattr(products, "frozen_product", lambda *args: made.append(product(*args)) or made[-1])
     torch.manual_seed(0)
     layer, x = make(), torch.randn(2, 7, 6, requires_grad=True)
     bias = None if layer.bias is None else layer.bias.double()

@@ -37,6 +37,19 @@ def test_value_and_gradient(
     torch.testing.assert_close(gradient(dy, weight, size, stride), dx, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("lay_kernel", [Tensor.contiguous, channels_last])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_parts_are_those_of_the_whole(
+    rows: int, stride: int, lay_kernel: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows of one image, one image whole, two at once: of maps of 4 rows, or 2."""
+    x, weight, bias = numbers(3, 3, 4, 4), lay_kernel(numbers(5, 3, 3, 3, seed=1)), numbers(5, seed=2)
+    monkeypatch.setattr(unfolded, "PART_BYTES", rows * (4 // stride) * weight[0].nbytes)
+    wanted = F.conv2d(x, weight, bias, stride, padding=1)
+    torch.testing.assert_close(convolved(x, weight, bias, stride), wanted, rtol=0, atol=1e-13)          # as above
+
+
 def test_the_gradient_in_bfloat16_is_summed_in_float32() -> None:
     dy, weight = numbers(1, 16, 6, 6).bfloat16(), numbers(16, 8, 3, 3, seed=1).bfloat16()
     exact = F.conv_transpose2d(dy.double(), weight.double(), padding=1)
@@ -53,10 +66,7 @@ def test_the_gradient_in_bfloat16_is_summed_in_float32() -> None:
         (1, 7, 1, 0, True), (1, 8, 1, 0, False),
     ],
 )  # fmt: skip
-def test_small_maps_under_large_weights(
-    kernel: int, side: int, stride: int, padding: int, small: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(unfolded, "matrix_products_are_fast", lambda: True)
+def test_small_maps_under_large_weights(kernel: int, side: int, stride: int, padding: int, small: bool) -> None:
     x, weight = torch.zeros(1, 64, side, side), torch.zeros(64, 64, kernel, kernel)
     assert is_small(x, weight, (stride, stride), (padding, padding)) == small
     assert not is_small(x.to("meta"), weight.to("meta"), (stride, stride), (padding, padding))
@@ -92,11 +102,6 @@ def test_a_kernel_of_one_needs_no_patches(monkeypatch: pytest.MonkeyPatch) -> No
     x, weight = channels_last(numbers(2, 3, 4, 5)), numbers(6, 3, 1, 1, seed=1)
     wanted = torch.einsum("bchw,oc->bohw", x, weight[:, :, 0, 0])
     torch.testing.assert_close(convolved(x, weight, None), wanted, rtol=0, atol=1e-14)         # sums of three products
-
-
-def test_where_products_are_slow_a_kernel_of_one_is_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfolded, "matrix_products_are_fast", lambda: False)
-    assert not is_small(torch.zeros(1, 64, 7, 7), torch.zeros(64, 64, 1, 1), (1, 1), (0, 0))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -81,7 +81,10 @@ def test_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         weight = torch.zeros(out, channels, kernel, kernel, dtype=dtype, device=device)
         return is_worth_it(x, weight, (stride, stride), (padding, padding))
 
-    assert all([asked(), asked(side=16, batch=2), asked(out=256)])
+    for fast in (True, False):
+        monkeypatch.setattr(winograd, "matrix_products_are_fast", lambda fast=fast: fast)
+        assert asked(side=16, batch=2) == fast
+        assert all([asked(), asked(side=16, batch=4), asked(out=256)])
     assert not any([asked(side=16), asked(channels=4), asked(out=4), asked(side=30)])
     assert not any([asked(stride=2), asked(padding=0), asked(kernel=5), asked(kernel=5, padding=2)])
     assert not any([asked(dtype=torch.float64), asked(dtype=torch.bfloat16), asked(device="meta")])
@@ -92,7 +95,7 @@ def test_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_frozen_convolution_takes_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, bias = numbers(2, 128, 16, 16).requires_grad_(), numbers(128, seed=2)
+    x, bias = numbers(1, 128, 32, 32).requires_grad_(), numbers(128, seed=2)
     weight = numbers(128, 128, 3, 3, seed=1) / 34
     wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     dy = numbers(*wanted.shape, seed=3)

@@ -1,0 +1,70 @@
+"""Products by oneDNN: the same sums and gradients as torch's own, asked for where they are the faster ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models import products
+from models.products import frozen_product, onednn_is_faster, product
+
+
+@pytest.fixture(autouse=True)
+def other_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "matrix_products_are_fast", lambda: False)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (2, 5, 64), (2, 3, 4, 64), (1, 64), (0, 64)])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+def test_value_and_gradient(shape: tuple[int, ...], biased: bool, turned: bool) -> None:
+    """Of weights that lie the other way round, too, as those of a backward pass."""
+    x, weight, bias = numbers(*shape).requires_grad_(), numbers(48, 64, seed=1), numbers(48, seed=2) if biased else None
+    weight = weight.T.contiguous().T if turned else weight
+    dy = numbers(*shape[:-1], 48, seed=3)
+    assert onednn_is_faster(x.detach())
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    (dx,) = torch.autograd.grad(wanted, x, dy.double())
+    found = frozen_product(x, weight, bias)
+    # 64 products of float32, each rounded by 2^-24 of sums below 40
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
+    assert torch.equal(product(x.detach(), weight, bias), found)
+    torch.testing.assert_close(torch.autograd.grad(found, x, dy)[0], dx, rtol=0, atol=2e-5)
+
+
+def test_rows_that_do_not_lie_one_after_the_other() -> None:
+    x, weight = numbers(3, 6, 5, 64), numbers(48, 64, seed=1)
+    for part in (x[:, 1:4], x[1:, :, ::2], x.transpose(1, 2)):
+        torch.testing.assert_close(product(part, weight), F.linear(part, weight), rtol=0, atol=2e-5)   # as above
+
+
+def test_where_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = numbers(2, 8)
+    assert onednn_is_faster(x)
+    assert not any(map(onednn_is_faster, (x.bfloat16(), x.double(), x.to("meta"))))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn_is_faster(x)
+        assert product(x, numbers(4, 8)).dtype == torch.bfloat16
+    with FakeTensorMode():
+        assert not onednn_is_faster(torch.empty(2, 8))
+    monkeypatch.setattr(products, "matrix_products_are_fast", lambda: True)
+    assert not onednn_is_faster(x)
+
+
+def test_of_what_it_is_given_only_the_weight_is_kept() -> None:
+    kept: list[Tensor] = []
+    x, weight = numbers(5, 8).requires_grad_(), numbers(4, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        frozen_product(x, weight, numbers(4))
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    x = numbers(2, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(frozen_product(x, numbers(4, 8), None).square().sum(), x, create_graph=True)
