@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks._saved_bytes import SavedBytes
 from models import ModelError
-from models.checkpointing import checkpoint, records
+from models.checkpointing import ANOTHER_WAY, DEAR, checkpoint, dear, records
 from tests.tiny import tiny_model
 
 
@@ -132,6 +133,101 @@ def test_an_input_that_is_changed_in_place_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="changed an input in place"):
         checkpoint(lambda a, b: a.mul_(2) * b, a, b)
     assert not torch.no_grad()(records)()                       # nothing is left behind
+
+
+class Dear(torch.autograd.Function):
+    """x³, whose value takes so many multiplications a number; `made` counts how often they are done."""
+
+    made: list[int] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, multiplications: int = DEAR) -> Tensor:
+        ctx.save_for_backward(x)
+        return dear(multiplications, lambda: Dear.made.append(multiplications) or x**3)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return 3 * ctx.saved_tensors[0] ** 2 * dy, None
+
+
+@pytest.fixture
+def made() -> list[int]:
+    Dear.made = []
+    return Dear.made
+
+
+def mixed(x: Tensor, c: Tensor) -> Tensor:
+    y = Dear.apply(x * c).add_(c)                               # written into: what is kept has to be a copy
+    z = Dear.apply(y.sin(), DEAR - 1)
+    return Dear.apply(z * c).mul_(2).cos()
+
+
+def test_what_is_dear_is_computed_once(made: list[int]) -> None:
+    x, c = numbers(6).requires_grad_(), numbers(6, seed=1).requires_grad_()
+    wanted = gradients(mixed, x, c)
+    assert made == [DEAR, DEAR - 1, DEAR]
+    made.clear()
+    assert all(map(torch.equal, gradients(lambda x, c: checkpoint(mixed, x, c), x, c), wanted))
+    assert made == [DEAR, DEAR - 1, DEAR, DEAR - 1]
+    made.clear()
+    y = checkpoint(mixed, x, c).sum()
+    for _ in range(2):                                          # the second time it still knows what it kept
+        assert all(map(torch.equal, torch.autograd.grad(y, (x, c), retain_graph=True), wanted))
+    assert made.count(DEAR) == 2
+
+
+def test_in_nested_checkpoints_too(made: list[int]) -> None:
+    def outer(x: Tensor, c: Tensor) -> Tensor:
+        return Dear.apply(checkpoint(mixed, checkpoint(mixed, Dear.apply(x), c), c))
+
+    x, c = numbers(6).requires_grad_(), numbers(6, seed=1).requires_grad_()
+    wanted = gradients(lambda x, c: Dear.apply(mixed(mixed(Dear.apply(x), c), c)), x, c)
+    made.clear()
+    # c's gradients are added in another order: roundings of float32
+    torch.testing.assert_close(gradients(lambda x, c: checkpoint(outer, x, c), x, c), wanted, rtol=1e-6, atol=0)
+    assert made.count(DEAR) == 6
+    made.clear()
+
+    def recording(x: Tensor, c: Tensor) -> Tensor:
+        with torch.enable_grad():                               # so that the inner one keeps something in the first run
+            return outer(x, c)
+
+    torch.testing.assert_close(gradients(lambda x, c: checkpoint(recording, x, c), x, c), wanted, rtol=1e-6, atol=0)
+    assert made.count(DEAR) == 6
+
+
+def test_a_gradient_within_a_first_run_keeps_nothing_of_its_own_second(made: list[int]) -> None:
+    def guided(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(checkpoint(lambda x: Dear.apply(x).sin(), inner).sum(), inner)
+        return Dear.apply(x) + slope
+
+    x = numbers(6).requires_grad_()
+    assert all(map(torch.equal, gradients(lambda x: checkpoint(guided, x), x), gradients(guided, x)))
+    assert not torch.no_grad()(records)()
+
+
+def test_of_what_is_dear_a_copy_is_kept_and_nothing_where_nothing_is_checkpointed(made: list[int]) -> None:
+    x = numbers(1000).requires_grad_()
+    with SavedBytes() as counter:
+        checkpoint(lambda x: Dear.apply(x.sin()).sin(), x)
+    assert counter.bytes == 2 * 4 * 1000
+    assert torch.equal(Dear.apply(x), x**3)
+    assert made == [DEAR, DEAR]
+
+
+@pytest.mark.parametrize("times", [(1, 2), (2, 1), (0, 1)])
+def test_a_second_run_that_takes_another_way_is_an_error(times: tuple[int, int], made: list[int]) -> None:
+    def changing(x: Tensor) -> Tensor:
+        for _ in range(times[torch.is_grad_enabled()]):
+            x = Dear.apply(x)
+        return x.sin()
+
+    x = numbers(3).requires_grad_()
+    with pytest.raises(RuntimeError, match=ANOTHER_WAY):
+        checkpoint(changing, x).sum().backward()
+    assert not torch.no_grad()(records)()
 
 
 def test_another_thread_s_first_run_is_not_recorded_here() -> None:

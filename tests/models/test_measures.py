@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._saved_bytes import SavedBytes
-from models import attention, bands
+from models import attention, bands, checkpointing, frozen, sliced_attention
 from models.attend import AttentionKind
 from models.attention import ImageAttention, JointAttention, SpatialTransformer, TransformerBlock
 from models.checkpointing import Checkpointing
@@ -59,9 +59,17 @@ def gradients(
     return out.detach(), {name: gradient for name, gradient in zip(names, found) if gradient is not None}
 
 
+@pytest.fixture(params=[False, True], ids=["nothing dear", "dear"])
+def dear(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether checkpoints keep what convolutions and attention make: in networks as small as these nothing is dear."""
+    if request.param:
+        monkeypatch.setattr(checkpointing, "DEAR", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("kernel", ["sliced", "fused", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_measure_has_the_gradients_of_none(kind: str, kernel: AttentionKind) -> None:
+def test_every_measure_has_the_gradients_of_none(kind: str, kernel: AttentionKind, dear: bool) -> None:
     unet = network(kind, torch.float64)
     everything = {"x", "context", "pooled"}
     unet.requires_grad_(True)
@@ -93,7 +101,9 @@ def test_in_single_precision(kind: str) -> None:
 @pytest.mark.parametrize("wanted", [{"context"}, {"pooled"}])
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_level_repeats_itself_to_the_bit_in_half_precision(kind: str, images: int, wanted: set[str]) -> None:
+def test_a_level_repeats_itself_to_the_bit_in_half_precision(
+    kind: str, images: int, wanted: set[str], dear: bool
+) -> None:
     """There layers round otherwise where no gradient is wanted, which a checkpoint's first run must not."""
     unet = network(kind, torch.bfloat16).requires_grad_(False)
     wanted = wanted if "self" not in kind else {"pooled"}
@@ -102,6 +112,25 @@ def test_a_level_repeats_itself_to_the_bit_in_half_precision(kind: str, images: 
         out, found = gradients(unet, wanted, level, images=images)
         assert torch.equal(out, plain[0])
         assert all(torch.equal(found[name], plain[1][name]) for name in wanted)
+
+
+def test_what_is_dear_is_computed_once(dear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for module, name in ((frozen.F, "conv2d"), (sliced_attention, "by_slices")):
+        usual = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, usual=usual, **k: made.append(name) or usual(*a, **k))
+    unet, counts = network("transformer", torch.float64).requires_grad_(False), []
+    for level in LEVELS:
+        gradients(unet, {"context", "x"}, level, "sliced")
+        counts.append([made.count("conv2d"), made.count("by_slices")])
+        made.clear()
+    none, of_attention, of_blocks = counts
+    assert min(none) > 0
+    if dear:
+        assert none == of_attention == of_blocks
+    else:
+        assert none[0] == of_attention[0] < of_blocks[0]
+        assert 2 * none[1] == of_attention[1] == of_blocks[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
