@@ -16,7 +16,8 @@ class Condition(NamedTuple):
     emb:           (B, E) embedding of the time (and of whatever else is pooled into one vector).
     context:       (B, L, D) text features for cross-attention, or None.
     checkpointing: what is computed again in the backward pass instead of being kept: "none"; "attention", each
-                   attention and each feed-forward; "blocks", each residual block and each transformer.
+                   attention and each feed-forward; "blocks", each residual block and each transformer. What is dear
+                   for the memory that it takes is kept all the same, see `checkpointing.dear`.
     attention:     the kernel, see `attend`; "auto" is the fastest.
     window:        what the layers' weights pass through, if they are streamed.
     """

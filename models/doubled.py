@@ -25,7 +25,7 @@ from models.processor import fused_attention_has_bfloat16
 from models.products import product
 
 LARGER = 256                # for smaller maps, putting the weight in order costs more than it saves
-BAND_BYTES = 16 * 2**20     # of products at a time
+BAND_BYTES = 16 * 2**20     # of products at a time, as they are added
 SOME = 3 * 2**20            # numbers of the weight that are put in order at a time
 
 
@@ -132,7 +132,7 @@ def _bands(small: Tensor, taps: Tensor) -> list[tuple[slice, int, int]]:
     the taps (9 n, C) take at most BAND_BYTES, those of the rows seen beyond it aside: all images whole, or rows of one.
     """
     images, height, width, _ = small.shape
-    rows = max(1, BAND_BYTES // (width * len(taps) * taps.element_size()))
+    rows = max(1, BAND_BYTES // (width * len(taps) * _wide(taps).itemsize))
     each = max(1, images) if images * height <= rows else 1
     starts = [(i, first) for i in range(0, images, each) for first in range(0, height, rows)]
     return [(slice(i, i + each), first, min(first + rows, height)) for i, first in starts]

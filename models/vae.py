@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import heap
 from models.attend import attend, by_head
+from models.bands import is_large
 from models.layers import (
     Conv2d,
     GroupNorm,
@@ -174,6 +176,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
+            if is_large(h) and not torch.compiler.is_compiling():
+                heap.give_back()
             for layer in level:
                 h = layer(h)
         return norm_conv(self.norm_out, self.conv_out, h)
