@@ -31,7 +31,7 @@ def convolved(rows: Rows, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
     A band's rows are asked for before the band above it is written: out may be the map that they are made from.
     """
-    height, spans = out.shape[2], list(_bands(out))
+    height, spans = out.shape[2], list(_bands(out, weight.shape[1]))
     wanted = [(max(first - 1, 0), min(last + 1, height)) for first, last in spans]
     here = rows(*wanted[0])
     for (first, last), below in zip(spans, [*wanted[1:], None]):
@@ -85,8 +85,11 @@ def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.cat([a, b + c], dim), torch.cat([a + b, c], dim)
 
 
-def _bands(x: Tensor) -> Iterator[tuple[int, int]]:
-    """The first row and the one after the last of each band of x (B, C, h, w), all but the last of whole tiles."""
-    height = x.shape[2]
-    rows = max(1, BAND_BYTES * height // x.nbytes // winograd.TILE) * winograd.TILE
+def _bands(x: Tensor, channels: int = 0) -> Iterator[tuple[int, int]]:
+    """The first row and the one after the last of each band of x (B, C, h, w), all but the last of whole tiles.
+
+    channels: of what the bands are made from, if these may be more than x's: a band of neither is too large.
+    """
+    height, row = x.shape[2], x.nbytes // (x.shape[1] * x.shape[2]) * max(x.shape[1], channels)
+    rows = max(1, BAND_BYTES // row // winograd.TILE) * winograd.TILE
     return ((first, min(first + rows, height)) for first in range(0, height, rows))

@@ -93,6 +93,18 @@ class TestBands:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("out", [1, CHANNELS, 4 * CHANNELS])
+def test_of_what_a_band_is_made_from_nothing_is_larger_either(out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three channels that a decoder's last map is reduced to, all rows made one band, and all were normed at once."""
+    x, sizes, normed = a_map(), [], bands.normed
+    monkeypatch.setattr(bands, "is_large", lambda x: True)
+    monkeypatch.setattr(bands, "BAND_BYTES", 4 * max(1, out // CHANNELS) * x.nbytes // HEIGHT)
+    monkeypatch.setattr(bands, "normed", lambda x, *rest: sizes.append(x.shape[2]) or normed(x, *rest))
+    norm_conv(*layers(out=out), x)
+    assert sizes == [5, 6, 6, 2]                                # four rows each, and those beside them
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("rows", "tiled"), [(4, 12), (6, 12), (8, 8)])
 def test_winograds_convolution_in_bands(rows: int, tiled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32; thirteen rows leave one that is no tile, or five, for a plain convolution."""
