@@ -95,7 +95,7 @@ class TestBands:
 @torch.no_grad()
 @pytest.mark.parametrize("out", [1, CHANNELS, 4 * CHANNELS])
 def test_of_what_a_band_is_made_from_nothing_is_larger_either(out: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three channels that a decoder's last map is reduced to, all rows made one band, and all were normed at once."""
+    """Of the three channels of an image all rows made one band, for which the whole map was normed at once."""
     x, sizes, normed = a_map(), [], bands.normed
     monkeypatch.setattr(bands, "is_large", lambda x: True)
     monkeypatch.setattr(bands, "BAND_BYTES", 4 * max(1, out // CHANNELS) * x.nbytes // HEIGHT)
