@@ -25,6 +25,7 @@ def is_worth_it(x: Tensor) -> bool:
 
 def linear_plus(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h + x @ weight^T + bias. x: (…, C_in), weight: (C_out, C_in), h: (…, C_out)."""
+    bias = None if bias is None else bias.contiguous()                     # oneDNN would read what lies between
     return torch.ops.mkldnn._linear_pointwise.binary(x, h, weight, bias, "add")
 
 
@@ -33,6 +34,6 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     weight: (2C, C_in); exact GELU.
     """
-    (to_value, to_gate), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
+    (to_value, to_gate), (value_bias, gate_bias) = weight.chunk(2), bias.contiguous().chunk(2)
     gate = torch.ops.mkldnn._linear_pointwise(x, to_gate, gate_bias, "gelu", [], "none")
     return torch.ops.mkldnn._linear_pointwise.binary(x, gate, to_value, value_bias, "mul")

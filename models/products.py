@@ -30,10 +30,11 @@ def onednn_is_faster(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias, where nothing is recorded.
 
-    x: (…, C_in), weight: (C_out, C_in), of any strides, bias: (C_out,), all of one dtype. Returns (…, C_out).
+    x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), of any strides, all of one dtype. Returns (…, C_out).
     """
     if not onednn_is_faster(x):
         return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()                     # oneDNN would read what lies between
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
 
 

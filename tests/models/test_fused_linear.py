@@ -66,6 +66,13 @@ def test_in_float32_both_are_the_same_sums() -> None:
     torch.testing.assert_close(linear_geglu(x, weight, bias).double(), value * F.gelu(gate), rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_that_does_not_lie_in_one_piece() -> None:
+    x, h, (weight, bias) = numbers(2, 96, 64), numbers(2, 96, 80, seed=3), layer(64, 160)
+    apart = bias.repeat_interleave(2)[::2]
+    assert torch.equal(linear_geglu(x, weight, apart), linear_geglu(x, weight, bias))
+    assert torch.equal(linear_plus(h, x, weight[:80], apart[:80]), linear_plus(h, x, weight[:80], bias[:80]))
+
+
 def test_the_gate_s_gelu_is_the_exact_one() -> None:
     """Of -3 it is -3 Φ(-3) = -0.00405, where the approximation by tanh has -0.00364."""
     bias = torch.tensor([1.0] * 16 + [-3.0] * 16).bfloat16()

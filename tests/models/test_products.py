@@ -43,6 +43,12 @@ def test_rows_that_do_not_lie_one_after_the_other() -> None:
         torch.testing.assert_close(product(part, weight), F.linear(part, weight), rtol=0, atol=2e-5)   # as above
 
 
+def test_a_bias_that_does_not_lie_in_one_piece() -> None:
+    x, weight = numbers(3, 64), numbers(48, 64, seed=1)
+    for bias in (numbers(96, seed=2)[::2], numbers(1, seed=2).expand(48)):
+        torch.testing.assert_close(product(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=2e-5)   # as above
+
+
 def test_where_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     x = numbers(2, 8)
     assert onednn_is_faster(x)
