@@ -54,7 +54,7 @@ class _DoubledConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
+        weight = ctx.saved_tensors[0].to(dy.dtype)                      # another one than dy's under autocast
         pixels = dy.permute(0, 2, 3, 1)                                                        # (B, 2h, 2w, O)
         dx = empty(dy, weight.shape[1], *(side // 2 for side in dy.shape[2:])).zero_().to(_wide(dy))
         out = dx.permute(0, 2, 3, 1)                                                           # (B, h, w, C)

@@ -69,6 +69,19 @@ def test_in_bfloat16_it_rounds_twice_or_thrice(monkeypatch: pytest.MonkeyPatch) 
     assert error(found, dx) < 1.8 * error(dx.bfloat16(), dx)
 
 
+def test_under_autocast_a_map_of_bfloat16_has_its_gradient_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of float32 are cast going forward; going back nothing casts them."""
+    monkeypatch.setattr(doubled, "fused_attention_has_bfloat16", lambda: False)
+    conv = Upsample(4).requires_grad_(False)
+    x, dy = numbers(1, 4, 8, 8).bfloat16().requires_grad_(), numbers(1, 4, 16, 16, seed=1).bfloat16()
+    assert doubled.is_worth_it(x, conv.conv.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wanted = conv(x), F.conv2d(twice(x), conv.conv.weight, conv.conv.bias, padding=1)
+    torch.testing.assert_close(y, wanted, rtol=2**-7, atol=2e-2)          # sums of 36 products below 1
+    found = [torch.autograd.grad(each, x, dy)[0] for each in (y, wanted)]
+    torch.testing.assert_close(*found, rtol=2**-6, atol=5e-2)             # four such sums
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_layers_that_double_take_this_way_if_frozen(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upsample, and the residual block that resamples; with weights that learn autograd's own way gives the same."""
