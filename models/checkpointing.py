@@ -67,12 +67,13 @@ def checkpoint(
 
 
 def records() -> bool:
-    """Whether a gradient may go back through what is computed now: where autograd records, and in a checkpoint's first
-    run, which it does not record.
+    """Whether a gradient may go back through what is computed now: where autograd records, and anywhere in both runs of
+    a checkpoint, of which it does not record the first, nor what lies under no_grad in the second.
 
-    A layer that computes otherwise where none can asks this, so that both runs give the same bits.
+    A layer that computes otherwise where none can asks this, so that both runs give the same bits, and keep the same.
     """
-    return torch.is_grad_enabled() or bool(_now().kept)
+    run = _now()
+    return torch.is_grad_enabled() or bool(run.kept) or run.known is not None
 
 
 def dear(multiplications: int, compute: Callable[[], Tensor]) -> Tensor:

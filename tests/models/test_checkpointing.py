@@ -208,6 +208,21 @@ def test_a_gradient_within_a_first_run_keeps_nothing_of_its_own_second(made: lis
     assert not torch.no_grad()(records)()
 
 
+def test_what_a_checkpointed_function_does_under_no_grad_is_done_alike_in_both_runs(made: list[int]) -> None:
+    """As in a hook: a layer that asks there whether something records has the same answer."""
+    asked = []
+
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            asked.append(records())
+            scale = Dear.apply(x) if records() else x**3
+        return Dear.apply(x) * scale
+
+    x = numbers(6).requires_grad_()
+    assert torch.equal(*(gradients(f, x)[0] for f in (lambda x: checkpoint(function, x), function)))
+    assert asked == [True, True, False]
+
+
 def test_of_what_is_dear_a_copy_is_kept_and_nothing_where_nothing_is_checkpointed(made: list[int]) -> None:
     x = numbers(1000).requires_grad_()
     with SavedBytes() as counter:
