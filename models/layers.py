@@ -32,6 +32,8 @@ class Linear(nn.Linear):
     """A linear layer (…, C_in) -> (…, C_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if trains(self):
+            return super().forward(x)
         return linear(x, self.weight, self.bias)
 
 
@@ -137,10 +139,14 @@ def fresh(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def trains(layer: nn.Module) -> bool:
-    """Whether the layer's weights learn, or are made of what does (a parametrization, a network of weights): then it
-    does what autograd itself would.
+    """Whether the layer's weights learn, or are made of what may (a parametrization, a network of weights): then it
+    does what autograd itself would. What is made asks for no gradient in a checkpoint's first run, but in the second,
+    so that it is not asked.
     """
-    return any(weight is not None and weight.requires_grad for weight in (layer.weight, layer.bias))
+    own = layer._parameters
+    if not ("weight" in own and "bias" in own):
+        return True
+    return any(weight is not None and weight.requires_grad for weight in (own["weight"], own["bias"]))
 
 
 def plus(branch: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from models import layers, products, residual
+from models import checkpointing, layers, products, residual
 from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.condition import Condition
 from models.layers import (
@@ -202,6 +202,32 @@ def test_a_frozen_weight_with_something_learned_added_to_it_learns(make: Callabl
         parametrize.register_parametrization(layer, "weight", Plus(layer.weight))
     found = torch.autograd.grad(network(x, *more), [layer.parametrizations.weight[0].learned for layer in layers], dy)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("make", [lambda: conv3x3(8, 8), lambda: GroupNorm(2, 8), lambda: NormSiLU(2, 8),
+                                  lambda: Upsample(8), lambda: Linear(8, 8)])  # fmt: skip
+@pytest.mark.parametrize("how", ["parametrization", "network of weights"])
+def test_a_checkpoint_has_the_gradients_of_made_weights(
+    make: Callable[[], nn.Module], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its first run they ask for no gradient, in the second they do: both have to go, and to keep, alike."""
+    monkeypatch.setattr(checkpointing, "DEAR", 1)
+    monkeypatch.setattr(products, "matrix_products_are_fast", lambda: False)
+    torch.manual_seed(0)
+    network, x = make().requires_grad_(False), torch.randn(2, 8, 8, 8, requires_grad=True)
+    layer, after = getattr(network, "conv", network), conv3x3(8, 8).requires_grad_(False)
+    weight, function = layer.weight, lambda x: after(network(x)).sin()
+    if how == "parametrization":
+        parametrize.register_parametrization(layer, "weight", Plus(weight))
+        learned = layer.parametrizations.weight[0].learned
+    else:
+        del layer.weight
+        learned = torch.zeros_like(weight, requires_grad=True)
+        network.register_forward_pre_hook(lambda *_: setattr(layer, "weight", weight + learned))
+    y, checked = function(x), checkpointing.checkpoint(function, x, weights=[learned])
+    assert torch.equal(y, checked)
+    found = [torch.autograd.grad(each.sum(), (x, learned)) for each in (y, checked)]
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("make", [lambda: conv3x3(8, 8), lambda: GroupNorm(2, 8), lambda: NormSiLU(2, 8),
