@@ -134,8 +134,8 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed, n = ctx.needs_input_grad[3:], ctx.n
-        saved, kept = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        needed, n, saved = ctx.needs_input_grad[3:], ctx.n, ctx.saved_tensors      # once: it unpacks all
+        saved, kept = saved[: len(needed)], saved[len(needed) :]
         inputs = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(saved[:n], needed)]
         sources = [x for x, need in zip((*inputs, *saved[n:]), needed) if need]
         known = iter(kept)

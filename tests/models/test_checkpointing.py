@@ -208,6 +208,18 @@ def test_a_gradient_within_a_first_run_keeps_nothing_of_its_own_second(made: lis
     assert not torch.no_grad()(records)()
 
 
+def test_what_is_kept_is_unpacked_once(made: list[int]) -> None:
+    """By hooks, that may fetch it from elsewhere; torch's own checkpoint around this one allows it only once."""
+    x, c = numbers(6).requires_grad_(), numbers(6, seed=1).requires_grad_()
+    wanted, unpacked = gradients(mixed, x, c), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
+        y = checkpoint(mixed, x, c)
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), (x, c)), wanted))
+    assert len(unpacked) == 4                                   # two inputs and what was dear twice
+    y = torch.utils.checkpoint.checkpoint(lambda x, c: checkpoint(mixed, x, c), x, c, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), (x, c)), wanted))
+
+
 def test_what_a_checkpointed_function_does_under_no_grad_is_done_alike_in_both_runs(made: list[int]) -> None:
     """As in a hook: a layer that asks there whether something records has the same answer."""
     asked = []
