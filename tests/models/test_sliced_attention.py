@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._saved_bytes import SavedBytes
 from models.attend import AttentionKind, attend
-from models.sliced_attention import slice_size, sliced_attention
+from models.sliced_attention import _whole, slice_size, sliced_attention
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -164,3 +164,20 @@ def test_of_no_keys_nothing_is_found(kind: AttentionKind) -> None:
     """An empty sum: a context of no tokens adds nothing."""
     q, k, v, _ = (x.transpose(1, 2) for x in inputs(5, 0, torch.float32))
     assert torch.equal(attend(q, k, v, kind=kind), torch.zeros(2, 5, 15))
+
+
+@pytest.mark.parametrize(("tiles", "rows"), [(True, 1024), (False, 512)])
+def test_a_slice_is_larger_where_amx_multiplies(tiles: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.sliced_attention.fused_attention_has_bfloat16", lambda: tiles)
+    q = torch.empty(1, 8, 4096, 40, dtype=torch.bfloat16)
+    assert slice_size(q, q) == (1, rows)
+
+
+def test_products_of_bfloat16_have_whole_registers_of_channels() -> None:
+    x = torch.ones(2, 5, 40, dtype=torch.bfloat16)
+    assert _whole(x).shape == (2, 5, 48)
+    assert torch.equal(_whole(x)[..., :40], x)
+    assert not _whole(x)[..., 40:].any()
+    for other in (x[..., :32], x.float(), x.to("meta")):
+        assert _whole(other).shape == other.shape
+        assert _whole(other).is_contiguous()
