@@ -88,7 +88,7 @@ def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _bands(x: Tensor, channels: int = 0) -> Iterator[tuple[int, int]]:
     """The first row and the one after the last of each band of x (B, C, h, w), all but the last of whole tiles.
 
-    channels: of what the bands are made from, if these may be more than x's: a band of neither is too large.
+    channels: of what the bands are made from; if these are more than x's, they count.
     """
     height, row = x.shape[2], x.nbytes // (x.shape[1] * x.shape[2]) * max(x.shape[1], channels)
     rows = max(1, BAND_BYTES // row // winograd.TILE) * winograd.TILE

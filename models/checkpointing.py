@@ -5,8 +5,8 @@ once more, under the same autocast, and goes back through what that run kept. Th
 input a function, and one function's own memory at a time; the price is the second run.
 
 Most of that price is paid for few numbers: each that a convolution or an attention to many tokens makes takes thousands
-of multiplications. These numbers are kept from the first run, too, and the second only fetches them, see `dear`. In
-Stable Diffusion at 512x512, bfloat16, they are 44 MB, and two thirds of the second run.
+of multiplications. These numbers are kept from the first run, too, and the second only fetches them, see `dear`: some
+44 MB of Stable Diffusion's at 512x512 in bfloat16, added up by hand.
 
 Source: Chen et al. 2016, Training deep nets with sublinear memory cost; Kirisame et al. 2021, Dynamic tensor
 rematerialization (which to keep: what is dear to compute for the memory that it takes).

@@ -30,7 +30,8 @@ def onednn_is_faster(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias, where nothing is recorded.
 
-    x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), of any strides, all of one dtype. Returns (…, C_out).
+    x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), of any strides, all of one dtype. Returns (…, C_out). Raises
+    RuntimeError for shapes or dtypes that do not fit together.
     """
     if not onednn_is_faster(x):
         return F.linear(x, weight, bias)
