@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.checkpointing import records
 from models.processor import products_have_bfloat16
-from models.products import onednn_is_faster, onednn_suits
+from models.products import in_one_piece, onednn_is_faster, onednn_suits
 
 
 def is_worth_it(x: Tensor) -> bool:
@@ -25,8 +25,7 @@ def is_worth_it(x: Tensor) -> bool:
 
 def linear_plus(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h + x @ weight^T + bias. x: (…, C_in), weight: (C_out, C_in), h: (…, C_out)."""
-    bias = None if bias is None else bias.contiguous()                     # oneDNN would read what lies between
-    return torch.ops.mkldnn._linear_pointwise.binary(x, h, weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, h, *in_one_piece(weight, bias), "add")
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -34,6 +33,6 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     weight: (2C, C_in); exact GELU.
     """
-    (to_value, to_gate), (value_bias, gate_bias) = weight.chunk(2), bias.contiguous().chunk(2)
-    gate = torch.ops.mkldnn._linear_pointwise(x, to_gate, gate_bias, "gelu", [], "none")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, to_value, value_bias, "mul")
+    to_value, to_gate = (in_one_piece(*half) for half in zip(weight.chunk(2), bias.chunk(2)))
+    gate = torch.ops.mkldnn._linear_pointwise(x, *to_gate, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, *to_value, "mul")

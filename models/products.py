@@ -31,12 +31,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias, where nothing is recorded.
 
     x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), of any strides, all of one dtype. Returns (…, C_out). Raises
-    RuntimeError for shapes or dtypes that do not fit together.
+    RuntimeError, torch's own, for shapes or dtypes that do not fit together.
     """
-    if not onednn_is_faster(x):
+    fit = x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype
+    usual = fit and (bias is None or bias.shape == weight.shape[:1] and bias.dtype == x.dtype)
+    if not (usual and onednn_is_faster(x)):
         return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()                     # oneDNN would read what lies between
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+    return torch.ops.mkldnn._linear_pointwise(x, *in_one_piece(weight, bias), "none", [], "none")
+
+
+def in_one_piece(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as oneDNN wants them: of a weight whose rows or columns lie apart, as of a part of a larger one, its product
+    takes a thousand times as long; of such a bias it reads what lies between.
+    """
+    dense = weight.is_contiguous() or weight.T.is_contiguous()
+    return weight if dense else weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,12 +1,16 @@
 """Products by oneDNN: the same sums and gradients as torch's own, asked for where they are the faster ones."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import products
+from models.fused_linear import linear_geglu, linear_plus
 from models.products import frozen_product, onednn_is_faster, product
 
 
@@ -47,6 +51,45 @@ def test_a_bias_that_does_not_lie_in_one_piece() -> None:
     x, weight = numbers(3, 64), numbers(48, 64, seed=1)
     for bias in (numbers(96, seed=2)[::2], numbers(1, seed=2).expand(48)):
         torch.testing.assert_close(product(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=2e-5)   # as above
+
+
+def test_what_does_not_fit_is_said_by_torch() -> None:
+    """oneDNN would say that it could not create a primitive descriptor."""
+    x, weight, bias = numbers(3, 64), numbers(48, 64, seed=1), numbers(48, seed=2)
+    for wrong in ((x, weight[:, :32]), (x, weight.double()), (x, weight, bias[:32]), (x, weight, bias.double())):
+        with pytest.raises(RuntimeError) as torchs:
+            F.linear(*wrong)
+        with pytest.raises(RuntimeError) as ours:
+            product(*wrong)
+        assert str(ours.value) == str(torchs.value)
+    for usual in ((x, weight, bias[:1]), (x, weight[0])):               # to torch
+        assert torch.equal(product(*usual), F.linear(*usual))
+
+
+class Asked(TorchDispatchMode):
+    """Keeps the weights that oneDNN is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.weights.append(args[1 if function is torch.ops.mkldnn._linear_pointwise.default else 2])
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("weight", [numbers(48, 96)[:, :64], numbers(96, 64)[::2], numbers(64, 96)[:, :48].T])
+def test_weights_that_do_not_lie_in_one_piece(weight: Tensor) -> None:
+    """oneDNN's product of such takes thousands of times as long, in both dtypes: it is given none."""
+    x, bias = numbers(3, 64), numbers(48, seed=2)
+    with torch.no_grad(), Asked() as asked:
+        found = product(x, weight), linear_plus(numbers(3, 48), x, weight, None), linear_geglu(x, weight, bias)
+    assert len(asked.weights) == 4
+    assert all(given.is_contiguous() or given.T.is_contiguous() for given in asked.weights)
+    whole = weight.contiguous()
+    wanted = product(x, whole), linear_plus(numbers(3, 48), x, whole, None), linear_geglu(x, whole, bias)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)                                   # as above
 
 
 def test_where_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
