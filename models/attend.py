@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.fused_attention import fused_attention
-from models.processor import fused_attention_has_bfloat16
+from models.processor import has_amx
 from models.sliced_attention import sliced_attention
 
 AttentionKind = Literal["auto", "sliced", "fused", "mixed"]
@@ -41,7 +41,7 @@ def best_kind(q: Tensor) -> AttentionKind:
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return "fused"
-    return "mixed" if fused_attention_has_bfloat16() else "sliced"
+    return "mixed" if has_amx() else "sliced"
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from models.checkpointing import dear
 from models.layout import empty
 from models.once import once_differentiable
-from models.processor import fused_attention_has_bfloat16
+from models.processor import has_amx
 from models.products import product
 
 LARGER = 256                # for smaller maps, putting the weight in order costs more than it saves
@@ -35,7 +35,7 @@ def is_worth_it(x: Tensor, weight: Tensor) -> bool:
     Not in bfloat16 where AMX multiplies: the sums take as long as what they save. Not compiled: torch.compile makes
     other numbers of its writes into parts of a map, or nothing at all (torch 2.14).
     """
-    if torch.compiler.is_compiling() or x.dtype == torch.bfloat16 and fused_attention_has_bfloat16():
+    if torch.compiler.is_compiling() or x.dtype == torch.bfloat16 and has_amx():
         return False
     return x.device.type == "cpu" and LARGER * x.numel() > weight.numel()
 

@@ -24,7 +24,7 @@ from torch.autograd.function import FunctionCtx
 from models.checkpointing import dear
 from models.fused_attention import fused_attention
 from models.once import once_differentiable
-from models.processor import LANES, fused_attention_has_bfloat16
+from models.processor import LANES, has_amx
 
 # Of scores. On a CPU products of few rows are slow, where AMX multiplies more so, and beyond two megabytes heads are
 # better taken one at a time; on a GPU few kernels count for more.
@@ -40,7 +40,7 @@ def slice_size(q: Tensor, k: Tensor, budget: int | None = None) -> tuple[int, in
     """
     of_rows = of_heads = budget
     if budget is None:
-        on_cpu = AMX_SLICE_BYTES if fused_attention_has_bfloat16() else CPU_SLICE_BYTES, CPU_HEADS_BYTES
+        on_cpu = AMX_SLICE_BYTES if has_amx() else CPU_SLICE_BYTES, CPU_HEADS_BYTES
         of_rows, of_heads = on_cpu if q.device.type == "cpu" else 2 * (GPU_SLICE_BYTES,)
     row = max(1, k.shape[2]) * q.element_size()
     rows = max(1, min(of_rows // row, q.shape[2]))

@@ -49,7 +49,7 @@ def test_what_is_large_enough_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in (x[:, :, :1, :2], x.to("meta")):
         assert not doubled.is_worth_it(other, weight.to(other.device))
     for tiles in (True, False):
-        monkeypatch.setattr(doubled, "fused_attention_has_bfloat16", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(doubled, "has_amx", lambda tiles=tiles: tiles)
         assert doubled.is_worth_it(x.bfloat16(), weight.bfloat16()) != tiles
 
 
@@ -71,7 +71,7 @@ def test_in_bfloat16_it_rounds_twice_or_thrice(monkeypatch: pytest.MonkeyPatch) 
 
 def test_under_autocast_a_map_of_bfloat16_has_its_gradient_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of float32 are cast going forward; going back nothing casts them."""
-    monkeypatch.setattr(doubled, "fused_attention_has_bfloat16", lambda: False)
+    monkeypatch.setattr(doubled, "has_amx", lambda: False)
     conv = Upsample(4).requires_grad_(False)
     x, dy = numbers(1, 4, 8, 8).bfloat16().requires_grad_(), numbers(1, 4, 16, 16, seed=1).bfloat16()
     assert doubled.is_worth_it(x, conv.conv.weight)

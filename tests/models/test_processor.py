@@ -62,7 +62,7 @@ def _functions(y: torch.Tensor) -> list:
 
 def test_this_processor_answers() -> None:
     asked = (
-        processor.cpu_has_bfloat16, processor.fused_attention_has_bfloat16, processor.products_have_bfloat16,
+        processor.cpu_has_bfloat16, processor.has_amx, processor.products_have_bfloat16,
         processor.matrix_products_are_fast,
     )  # fmt: skip
     assert all(isinstance(ask(), bool) for ask in asked)

@@ -168,7 +168,7 @@ def test_of_no_keys_nothing_is_found(kind: AttentionKind) -> None:
 
 @pytest.mark.parametrize(("tiles", "rows"), [(True, 1024), (False, 512)])
 def test_a_slice_is_larger_where_amx_multiplies(tiles: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.sliced_attention.fused_attention_has_bfloat16", lambda: tiles)
+    monkeypatch.setattr("models.sliced_attention.has_amx", lambda: tiles)
     q = torch.empty(1, 8, 4096, 40, dtype=torch.bfloat16)
     assert slice_size(q, q) == (1, rows)
 
