@@ -108,12 +108,18 @@ class Concept:
     def require_fit(self, width: int, family: str | None = None, where: str = "") -> None:
         """Raise InversionError, naming both widths and families, unless the vectors are a model's.
 
-        width, family: the model's. Vectors that do not say which family they were learned with are judged by width.
+        width, family: the model's; one of classes, which reads no words, has width 0. Vectors that do not say which
+        family they were learned with are judged by width.
         """
         found, theirs = self.vectors.shape[1], self.metadata.get("family")
         if found == width and (theirs in (None, family) or family is None):
             return
         theirs = FAMILIES.get(theirs, theirs) or FAMILY_OF_WIDTH.get(found, "another model")
+        if not width:
+            raise InversionError(
+                f"{self.placeholder}{f' in {where}' if where else ''} is a word, and this model is told classes and "
+                "reads no words: leave it out, or name the model that it was learned with"
+            )
         wanted = FAMILIES.get(family, family) or FAMILY_OF_WIDTH.get(width, "a model of another family")
         has, needs = ("", "") if found == width else (f" and has vectors of width {found}", f" and needs {width}")
         raise InversionError(

@@ -13,8 +13,8 @@ class TrainConfig:
 
     batch_size: samples through the network at once. accumulation: batches a step; the mean gradient of all of
     them is used, as of one batch of batch_size * accumulation. learning_rate: as it is used, never multiplied
-    by anything. schedule: of the learning rate, after `warmup` steps in which it rises linearly. clip_norm:
-    the gradient's largest norm. validate_every, checkpoint_every: in steps. validation_pairs: (time, noise)
+    by anything. schedule: of the learning rate, after `warmup` steps, no more than all, in which it rises linearly.
+    clip_norm: the gradient's largest norm. validate_every, checkpoint_every: in steps. validation_pairs: (time, noise)
     pairs an image. patience: stop after so many validations without progress; None never stops early.
     """
 
@@ -40,6 +40,11 @@ class TrainConfig:
                 raise InversionError(f"{name} must be a whole number, not {number!r}")
             if number < minimum:
                 raise InversionError(f"{name} must be at least {minimum}, not {number}")
+        if self.warmup > self.steps:
+            raise InversionError(
+                f"a warm-up of {self.warmup} steps is longer than the training, {self.steps}: the learning rate would "
+                "never be reached"
+            )
         for name in ("learning_rate", "clip_norm"):
             number = getattr(self, name)
             if type(number) not in (int, float) or not (math.isfinite(number) and number > 0):

@@ -38,9 +38,11 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder (with `recursive`, of its subfolders too), in the order of their names.
 
     Hidden and foreign files are left out with one warning that names them; captions (a .txt beside an image of the same
-    stem) are no foreign files. Raises InversionError for a folder that is missing, empty, or has no image.
+    stem) are no foreign files. Raises InversionError for a folder that is missing, a file, empty, or has no image.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise InversionError(f"{folder} is a file: name the folder that holds the images")
     if not folder.is_dir():
         raise InversionError(f"there is no folder of images at {folder}")
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
@@ -66,11 +68,15 @@ def read_images(files: Sequence[str | Path], size: int) -> Tensor:
     """Decode, turn, crop and resample.
 
     Returns (N, 3, size, size) float32 in [-1, 1]. One warning names the images that are enlarged more than
-    twofold. Raises InversionError for a file that is damaged, or smaller than 16 pixels on a side, and for a path in
-    the place of a list.
+    twofold. Raises InversionError for a file that is damaged, or smaller than 16 pixels on a side, for a path in
+    the place of a list, for a list of none, and for a size below 1.
     """
     if isinstance(files, (str, Path)):
         raise InversionError(f"images are read from a list of files: take find_images({str(files)!r})")
+    if not files:
+        raise InversionError("there are no images to read: the list of files is empty")
+    if size < 1:
+        raise InversionError(f"images of {size} pixels a side cannot be made: size is at least 1")
     pixels, small = [], []
     for file in map(Path, files):
         image = decode(file)

@@ -54,10 +54,11 @@ def comparison(file: str | Path, rows: Sequence[tuple[str, Tensor]], columns: Se
     from matplotlib.figure import Figure
 
     width = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(max(1.6 * width, 4.8), 2.0 * len(rows)), layout="constrained")     # a label fits
+    figure = Figure(figsize=(max(1.6 * width, 4.8), 2.0 * len(rows)), layout="constrained")
+    characters = int(10 * figure.get_figwidth())            # of a label, beside each other
     grid = figure.subfigures(len(rows), 1, squeeze=False)
     for i, ((label, images), part) in enumerate(zip(rows, grid[:, 0])):
-        part.suptitle(label, x=0.01, horizontalalignment="left", fontsize=11)
+        part.suptitle(textwrap.fill(label, characters), x=0.01, horizontalalignment="left", fontsize=11)
         for j, axes in enumerate(part.subplots(1, width, squeeze=False)[0]):
             axes.axis("off")
             if j < len(images):

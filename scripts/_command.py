@@ -66,9 +66,18 @@ def _config(main: Callable[..., None]) -> tuple[type | None, str]:
     return config, "\n\n".join(inspect.cleandoc(text) for text in texts if text)
 
 
+def named() -> set[str]:
+    """The fields of a script's dataclass whose flags stand on the command line, whatever their values."""
+    return {flag[2:].removeprefix("no-").replace("-", "_") for flag in _flags(sys.argv[1:])}
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    return [a.split("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+
+
 def _refuse_repeats(arguments: list[str]) -> None:
     """The command line would keep the last of two values and drop the first without a word."""
-    flags = [a.split("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    flags = _flags(arguments)
     twice = next((flag for flag in flags if flags.count(flag) > 1), None)
     if twice:
         _stop(f"{twice} is there twice: write all of its values after one {twice}", REFUSED)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from _command import named
 from _runs import new_folder, resumed
 
 from models import ModelError
@@ -16,7 +17,7 @@ def begun(config: Any) -> Any:
     """
     _require_sense(config)
     if config.resume:
-        return resumed(config.output, config)
+        return resumed(config.output, config, named=named())
     new_folder(config.output, "training", "the same command and --resume")
     return config
 

@@ -5,7 +5,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,12 @@ def save_flags(folder: Path, config: Any) -> None:
     write_json(folder / FLAGS, {key: _from_anywhere(value) for key, value in dataclasses.asdict(config).items()})
 
 
-def resumed(folder: Path, config: Any, may_differ: Sequence[str] = ()) -> Any:
+def resumed(folder: Path, config: Any, may_differ: Sequence[str] = (), named: Collection[str] = ()) -> Any:
     """The flags that the run in a folder was started with, as config's dataclass.
 
-    config: the flags given now. may_differ: those of them that take the place of the run's. Raises InversionError if
-    the folder holds no run, or another flag was given (differs from its default) that is not as it was.
+    config: the flags given now: those that differ from their defaults, and those of `named`, which stand on the command
+    line. may_differ: those of them that take the place of the run's. Raises InversionError if the folder holds no run,
+    or another flag was given that is not as it was.
     """
     try:
         saved = json.loads((folder / FLAGS).read_text(encoding="utf-8"))
@@ -79,7 +80,7 @@ def resumed(folder: Path, config: Any, may_differ: Sequence[str] = ()) -> Any:
         saved["output"] = folder.absolute()     # it may have been moved
     for field in dataclasses.fields(config):
         given = getattr(config, field.name)
-        if field.name == "resume" or given == field.default:
+        if field.name == "resume" or given == field.default and field.name not in named:
             continue
         if field.name in may_differ:
             saved[field.name] = given

@@ -84,14 +84,14 @@ def main(config: Config) -> None:
     require_place(picture=config.picture, output=config.output)
     files, model = inversion.find_images(config.images), require_base(models.load(config.model))
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
+    settings = [recipe.settings(seed, steps=config.steps) for seed in config.seeds]
     images = inversion.read_images(files, model.resolution)
     prompts = inversion.templates_for(files, inversion.read_templates(recipe.templates), config.token)
     results: dict[str, list[inversion.Result]] = {}
     with tqdm(total=3 * len(config.seeds), desc="trainings") as bar:
         for label, start in starts(model, config).items():
-            for seed in config.seeds:
-                settings = recipe.settings(seed, steps=config.steps)
-                result = inversion.train(model, start, images, prompts, settings, name=config.name, keep_encoder=True)
+            for how in settings:
+                result = inversion.train(model, start, images, prompts, how, name=config.name, keep_encoder=True)
                 results.setdefault(label, []).append(result)
                 bar.update()
                 if config.output:

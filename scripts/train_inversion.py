@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from _command import run
+from _command import named, run
 from _memory import HOW, how, outlined, show, within_budget
 from _recipes import PHOTOGRAPHS, RECIPES, Recipe
 from _runs import new_folder, resumed, save_flags, word_and_file, write_json
@@ -108,12 +108,13 @@ def main(config: Config) -> None:
     if config.plan:
         if config.resume:
             given = dataclasses.replace(config, plan=False, memory_budget=None)
-            config = dataclasses.replace(resumed(config.resume, given, HOW), memory_budget=config.memory_budget)
+            was = resumed(config.resume, given, HOW, named() - {"plan", "memory_budget"})
+            config = dataclasses.replace(was, memory_budget=config.memory_budget)
         show(config, *planning(config))
         return
     output = config.resume or new_folder(config.output, slug(config), "--resume FOLDER")
     if config.resume:
-        config = resumed(output, config, may_differ=HOW)
+        config = resumed(output, config, HOW, named())
     elif config.memory_budget is not None:
         shell, *sizes = planning(config)
         at_once = RECIPES.get(shell.family, PHOTOGRAPHS).batch_size
@@ -233,9 +234,9 @@ def report(output: Path, name: str, result: inversion.Result, settings: TrainCon
 def draw(config: Config, output: Path, recipe: Recipe, images: Tensor, concepts: Sequence[Concept]) -> None:
     """Write comparison.png: the images, and samples with each concept over the same seeds."""
     model, size, seeds = load(config), images.shape[-1], range(config.samples)
-    rows = [("images to learn from", images[: config.samples])]
-    text, before = (recipe.prompt.replace("{}", word) for word in (config.token, config.init))
-    for concept, label in zip(concepts, (f"before: {before}", f"learned: {text}")):
+    rows, text = [("images to learn from", images[: config.samples])], recipe.prompt.replace("{}", config.token)
+    init = Path(concepts[0].metadata.get("init_file", "")).name or f"“{config.init}”"
+    for concept, label in zip(concepts, (f"before: {text}, started from {init}", f"learned: {text}")):
         drawn = generate(
             model, [text] * config.samples, height=size, width=size, concepts=[concept],
             generator=config.seed, batch_size=recipe.batch_size, progress=True,

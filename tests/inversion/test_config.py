@@ -15,9 +15,9 @@ def test_the_rate_can_stay() -> None:
     assert {config.rate(k) for k in range(5)} == {0.3}
 
 
-def test_a_warm_up_longer_than_the_training_only_rises() -> None:
-    config = TrainConfig(steps=2, warmup=4, learning_rate=1.0)
-    assert [config.rate(k) for k in range(2)] == [0.25, 0.5]
+def test_a_warm_up_as_long_as_the_training_only_rises() -> None:
+    config = TrainConfig(steps=4, warmup=4, learning_rate=1.0)
+    assert [config.rate(k) for k in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_a_warm_up_longer_than_the_training_only_rises() -> None:
         {"steps": 0}, {"batch_size": 0}, {"accumulation": 0}, {"validate_every": 0}, {"validation_pairs": 0},
         {"checkpoint_every": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"clip_norm": -1.0},
         {"steps": 2.5}, {"steps": "3"}, {"batch_size": True}, {"seed": 1.5}, {"learning_rate": True},
-        {"learning_rate": "1"}, {"warmup": 0.5}, {"patience": 1.5},
+        {"learning_rate": "1"}, {"warmup": 0.5}, {"patience": 1.5}, {"steps": 2, "warmup": 3},
         {"warmup": -1}, {"patience": 0}, {"seed": -1}, {"seed": 2**32}, {"schedule": "linear"},
     ],
 )  # fmt: skip

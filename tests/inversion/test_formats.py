@@ -177,6 +177,12 @@ def test_families_go_by_their_published_names(tmp_path: Path) -> None:
             Concept.load(tmp_path / "x.safetensors", width=needs, family=other)
 
 
+def test_a_model_of_classes_has_no_use_for_a_word(tmp_path: Path) -> None:
+    Concept("<x>", torch.zeros(1, 160), {"family": "emoji"}).save(tmp_path / "x.safetensors")
+    with pytest.raises(InversionError, match=r"<x> in .*x\.safetensors is a word, and this model is told classes"):
+        Concept.load(tmp_path / "x.safetensors", width=0, family="classes")
+
+
 class Bomb:
     """Runs something when unpickled."""
 

@@ -173,6 +173,12 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         read_folder(tmp_path / "none", 32)
 
 
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    halves((64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(InversionError, match=r"a\.png is a file: name the folder that holds the images"):
+        read_folder(tmp_path / "a.png", 32)
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(InversionError, match="is empty: put the images"):
         read_folder(tmp_path, 32)
@@ -220,6 +226,14 @@ def test_files_may_be_named_by_texts(tmp_path: Path) -> None:
     assert torch.equal(read_images([str(tmp_path / "a.png")], 32), read_images([tmp_path / "a.png"], 32))
     with pytest.warns(UserWarning, match=r"enlarged to 256×256, and so blurred: a\.png"):
         read_images([str(tmp_path / "a.png")], 256)
+
+
+def test_there_is_nothing_in_no_files_and_no_pixels(tmp_path: Path) -> None:
+    halves((64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(InversionError, match="the list of files is empty"):
+        read_images([], 32)
+    with pytest.raises(InversionError, match="size is at least 1"):
+        read_images([tmp_path / "a.png"], 0)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

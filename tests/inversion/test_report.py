@@ -86,6 +86,20 @@ def test_every_picture_stands_under_its_own_words(tmp_path: Path, monkeypatch: p
     assert [axes.get_title() for axes in drawn[1].axes[:3]] == ["red", "green", ""]
 
 
+@pytest.mark.parametrize("images", [1, 6])
+def test_a_long_label_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+    drawn, words = [], "before: an emoji of <frida>, started from “large white and light brownish retriever dog” " * 2
+    monkeypatch.setattr("inversion.report._write", lambda figure, file: drawn.append(figure))
+    comparison(tmp_path / "comparison.png", [(words, torch.zeros(images, 3, 8, 8))] * 2)
+    (figure,) = drawn
+    figure.savefig(tmp_path / "drawn.png")                                  # which lays it out
+    for row in figure.subfigs:
+        assert " ".join(row.get_suptitle().split()) == words.strip()
+        place = row._suptitle.get_window_extent()
+        assert 0 <= place.x0 < place.x1 <= figure.bbox.width
+        assert place.y0 > row.axes[0].get_window_extent().y1                # above its images
+
+
 def test_there_is_no_half_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"loss": 1.0, "validation_loss": 1.0, "norms": [1.0], "cosines": [1.0]}
     drawn = []

@@ -162,7 +162,7 @@ def test_the_picture_holds_images_and_both_words_over_the_same_seeds(
     assert loaded == [{"upsampler": False}, {}]                             # which learns nothing, but draws
     (_, images), (before, first), (after, second) = drawn["rows"]
     assert drawn["columns"] == ["seed 7", "seed 8"]
-    assert (before, after) == ("before: a photo of dog", "learned: a photo of <frida>")
+    assert (before, after) == ("before: a photo of <frida>, started from “dog”", "learned: a photo of <frida>")
     assert [tuple(row.shape) for row in (images, first, second)] == [(2, 3, 16, 16)] * 3
     model = models.load(config.model)
     words = script.generate(model, "a photo of dog", generator=8, scale=7.5, height=16, width=16)
@@ -400,6 +400,11 @@ def test_flags_are_read_as_they_were_written(
     assert runs.resumed(tmp_path, replace(config, images=Path("photos"))) == config             # given as it was
     moved = replace(config, output=tmp_path)
     assert runs.resumed(tmp_path, moved) == moved
+    assert runs.resumed(tmp_path, replace(config, schedule="cosine", samples=6)) == config      # as by default
+    with pytest.raises(InversionError, match=f"has samples {config.samples}, not 6: leave it out"):
+        runs.resumed(tmp_path, replace(config, samples=6), named={"samples"})
+    monkeypatch.setattr("sys.argv", ["train_inversion.py", "--no-flip", "--batch_size=3", "photos", "--init", "-1"])
+    assert importlib.import_module("_command").named() == {"flip", "batch_size", "init"}
     (tmp_path / "run.json").write_text(json.dumps(noted)[:-1])
     with pytest.raises(InversionError, match=r"it has no readable run\.json"):
         runs.resumed(tmp_path, config)
