@@ -7,6 +7,7 @@ was held when the weights were in place: preparing and warming up are part of th
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,8 @@ def json_file(name: str) -> Path:
         raise argparse.ArgumentTypeError(f"{file} cannot be written: there is no folder {file.parent}")
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"{file} is a folder: name a file in it")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{file} cannot be written: it, or its folder, is read-only")
     return file
 
 

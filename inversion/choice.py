@@ -70,8 +70,11 @@ def fastest(planned: Sequence[Planned], budget: int) -> Planned:
     fits = [each for each in planned if each.peak <= budget]
     if not fits:
         least = min(planned, key=lambda each: each.peak)
+        given, needed = size(budget), size(least.peak)
+        if given == needed:                         # to the rounding
+            given, needed = f"{budget} bytes", f"{least.peak}"
         raise InversionError(
-            f"{size(budget)} are too small for every setting: the smallest, {least.setting}, needs {size(least.peak)}; "
+            f"{given} are too small for every setting: the smallest, {least.setting}, needs {needed}; "
             f"raise the budget, or take a smaller resolution or batch"
         )
     same, least = [each for each in fits if each.setting.dtype == fits[0].setting.dtype], min(e.cost for e in planned)

@@ -38,5 +38,7 @@ def next_cheaper(model: Any, side: int, batch_size: int) -> Setting | None:
         planned = one_by_one(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
         now = next(planned)
         return next((each.setting for each in planned if each.peak < now.peak), None)
-    except InversionError:                                          # larger than any plan
-        return model.setting.cheaper()
+    except (InversionError, RuntimeError, MemoryError) as error:
+        if not (isinstance(error, InversionError) or is_out_of_memory(error)):
+            raise
+        return model.setting.cheaper()              # larger than any plan, or no memory is left to plan in

@@ -91,9 +91,12 @@ def _asked(
     shell = without_weights(outline(model) if isinstance(model, str | Path) else model)
     if not shell.width:
         raise ModelError(f"{shell.source} is told classes: it reads no text, and so no word can be taught to it")
+    side = shell.resolution if resolution is None else resolution
+    for name, number in (("batch_size", batch_size), ("resolution", side)):
+        if type(number) is not int:
+            raise InversionError(f"{name} must be a whole number, not {number!r}")
     if batch_size < 1:
         raise InversionError(f"batch_size must be at least 1, not {batch_size}")
-    side = shell.resolution if resolution is None else resolution
     if side > LARGEST:
         raise InversionError(f"plans are made for images of up to {LARGEST} pixels a side, not of {side}")
     shell.x0_shape(side, side)

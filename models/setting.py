@@ -26,8 +26,8 @@ class Setting:
     """dtype: of the networks. checkpointing: what is computed again in the backward pass, see `Condition`.
     attention: its kernel, see `attend`. offload: what leaves the device, see `offload`.
 
-    Raises ModelError for a choice that there is not, and for "stream" without "blocks": a layer whose weights have
-    left the device has to be computed again when its gradient is wanted.
+    Raises ModelError for a choice that there is not, a dtype that is none, and for "stream" without "blocks": a layer
+    whose weights have left the device has to be computed again when its gradient is wanted.
     """
 
     dtype: torch.dtype
@@ -36,6 +36,8 @@ class Setting:
     offload: Offload = "none"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype):
+            raise ModelError(f"a setting's dtype is one of torch's, such as torch.float32, not {self.dtype!r}")
         choices = {"checkpointing": Checkpointing, "attention": AttentionKind, "offload": Offload}
         for name, choice in choices.items():
             require_choice(name, getattr(self, name), choice)

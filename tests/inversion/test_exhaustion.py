@@ -77,6 +77,17 @@ def test_what_is_too_large_to_be_planned_gets_the_next_level() -> None:
     assert next_cheaper(outline("sd1.5"), 8192, 1).checkpointing == "attention"
 
 
+def test_where_no_memory_is_left_to_plan_in_the_next_level_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_by_one(*given: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("inversion.exhaustion.one_by_one", one_by_one)
+    with pytest.raises(InversionError, match="is checkpointing attention, offload none; the vectors so far are saved"):
+        learn(exhausted(8, MemoryError()), file=tmp_path / "x.safetensors")
+
+
 def test_where_nothing_is_cheaper_it_says_so() -> None:
     model = exhausted(5, MemoryError())
     place(model, Setting(torch.float32, "blocks", offload="stream"), torch.device("cpu"))

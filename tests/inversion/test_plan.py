@@ -310,6 +310,8 @@ def test_a_budget_below_the_smallest_names_it() -> None:
     message = "700 MiB are too small.*float16, checkpointing blocks, attention sliced, offload stream, needs 800 MiB"
     with pytest.raises(InversionError, match=message):
         fastest([entry(GIB, 1), slim], 700 * 2**20)
+    with pytest.raises(InversionError, match=f"{GIB - 1} bytes are too small .*, needs {GIB};"):    # both are 1.00 GiB
+        fastest([entry(GIB, 1)], GIB - 1)
 
 
 def test_the_table_marks_what_the_budget_allows() -> None:
@@ -437,6 +439,10 @@ def test_what_cannot_be_planned() -> None:
     for function in (lambda: plan(tiny_model(), batch_size=0), lambda: drawing(tiny_model(), SIMPLE, batch_size=0)):
         with pytest.raises(InversionError, match="batch_size must be at least 1, not 0"):
             function()
+    for wrong in ({"batch_size": 1.5}, {"batch_size": True}, {"resolution": 16.0}, {"resolution": "16"}):
+        ((name, number),) = wrong.items()
+        with pytest.raises(InversionError, match=f"{name} must be a whole number, not {number!r}"):
+            plan(tiny_model(), **wrong)
     with pytest.raises(InversionError, match="up to 4096 pixels a side, not of 99999984"):
         plan(tiny_model(), 99_999_984)
     with pytest.raises(ModelError, match="float16 on a CPU"):

@@ -589,6 +589,8 @@ def test_settings_that_cannot_be() -> None:
         Setting(torch.float32, checkpointing="all")
     with pytest.raises(ModelError, match="attention is one of auto, sliced, fused, mixed; 'flash' is none of them"):
         Setting(torch.float32, attention="flash")
+    with pytest.raises(ModelError, match="dtype is one of torch's, such as torch.float32, not 'float32'"):
+        Setting("float32")
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_glide, tiny_classes])
