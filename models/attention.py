@@ -142,6 +142,7 @@ class TransformerBlock(nn.Module):
         x = for_each(x, cond.context)
         x = self.attn2.added(x, cond.run("attention", self, read, x, cond.context))
         if self.ff.goes_in_parts(x, self.norm3):
+            x = x.contiguous()                          # somebody's own layer may have laid it otherwise
             self.ff.add_in_parts(x, self.norm3)
             return x, None
         return x, cond.run("attention", self, think, x)

@@ -63,6 +63,7 @@ def checkpoint(
     needed = trained or any(x is not None and x.requires_grad for x in inputs)
     if not (needed and torch.is_grad_enabled()):
         return function(*inputs)
+    inputs = [x.clone() if x is not None and x.is_inference() else x for x in inputs]       # which cannot be kept
     return _Checkpoint.apply(function, turn, len(inputs), *inputs, *trained)
 
 

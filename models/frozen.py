@@ -57,7 +57,7 @@ class _Conv2d(torch.autograd.Function):
             dx = winograd.gradient(dy, weight)
         elif ctx.unfolds:
             dx = unfolded.gradient(dy, weight, ctx.size, ctx.stride[0])
-        elif ctx.stride == (1, 1) and FEWER * len(weight) <= weight.shape[1]:
+        elif ctx.stride == (1, 1) and FEWER * len(weight) <= weight.shape[1] and min(_rest(weight, ctx.padding)) >= 0:
             dx = F.conv2d(laid_out(dy), weight.transpose(0, 1).flip(2, 3), padding=_rest(weight, ctx.padding))
         else:
             reached = [

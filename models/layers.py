@@ -20,10 +20,13 @@ from models.group_norm import frozen_group_norm
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of which, with frozen weights, nothing is kept for the backward pass."""
+    """A convolution of which, with frozen weights, nothing is kept for the backward pass.
+
+    One that is made otherwise than those here, to pad in a circle for example, is torch's.
+    """
 
     def forward(self, x: Tensor) -> Tensor:                                                    # (B, C_in, h, w)
-        if trains(self):
+        if trains(self) or not usual(self):
             return super().forward(x)
         return frozen.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
@@ -128,9 +131,17 @@ def heard(module: nn.Module) -> bool:
 def plain(layer: nn.Module) -> bool:
     """Whether the layer is one of those here and nothing more, so that its weights may be used without calling it.
 
-    Not one that is wrapped or derived (a LoRA), and not one that is heard: it has to be called.
+    Not one that is wrapped or derived (a LoRA), one without a bias, nor one that is heard: it has to be called.
     """
-    return type(layer) in (Conv2d, Linear, Pointwise, GroupNorm, NormSiLU, nn.LayerNorm) and not heard(layer)
+    if type(layer) not in (Conv2d, Linear, Pointwise, GroupNorm, NormSiLU, nn.LayerNorm) or heard(layer):
+        return False
+    return layer.bias is not None and (type(layer) is not Conv2d or usual(layer))
+
+
+def usual(conv: nn.Conv2d) -> bool:
+    """Whether a convolution pads with zeros, skips no pixel, and sees all channels."""
+    with_zeros = conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
+    return with_zeros and (*conv.dilation, conv.groups) == (1, 1, 1)
 
 
 def fresh(layer: nn.Module, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def copy_into(weight: Tensor, source: Tensor) -> None:
     rows, each = max(1, PART // weight[0].numel()), (len(weight), -1, 1, 1)
     given, wanted = channels_last(source.reshape(each)), weight.permute(0, 2, 3, 1).reshape(each)
     for some, out in zip(given.split(rows), wanted.split(rows)):                               # (rows, C k k, 1, 1)
-        wide = some.to(torch.promote_types(some.dtype, torch.float32))
+        wide = some.to(torch.float64 if some.dtype == torch.float64 else torch.float32)
         out.copy_(F.channel_shuffle(wide, weight.shape[1]))                                    # (rows, k k C, 1, 1)
 
 

@@ -34,7 +34,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     RuntimeError, torch's own, for shapes or dtypes that do not fit together.
     """
     fit = x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype
-    usual = fit and (bias is None or bias.shape == weight.shape[:1] and bias.dtype == x.dtype)
+    usual = fit and weight.numel() and (bias is None or bias.shape == weight.shape[:1] and bias.dtype == x.dtype)
     if not (usual and onednn_is_faster(x)):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, *in_one_piece(weight, bias), "none", [], "none")

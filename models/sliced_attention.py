@@ -44,7 +44,7 @@ def slice_size(q: Tensor, k: Tensor, budget: int | None = None) -> tuple[int, in
         of_rows, of_heads = on_cpu if q.device.type == "cpu" else 2 * (GPU_SLICE_BYTES,)
     row = max(1, k.shape[2]) * q.element_size()
     rows = max(1, min(of_rows // row, q.shape[2]))
-    return min(max(1, of_heads // (row * rows)), q.shape[1]), rows
+    return max(1, min(of_heads // (row * rows), q.shape[1])), rows
 
 
 def probabilities(q: Tensor, k_t: Tensor, first: int, causal: bool, s: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class _SlicedAttention(torch.autograd.Function):
                     sum_k += (q_s.mT @ ds).to(wide)
             for gradient, total in ((dk, sum_k), (dv, sum_v)):
                 if gradient is not None:
-                    gradient[i] = total.mT
+                    gradient[i] = total.mT if q.shape[2] else 0                                # of no queries
         return dq, dk, dv, None, None, None, None
 
 
@@ -139,8 +139,11 @@ def _slice(q: Tensor, k: Tensor, heads: int, rows: int, dtype: torch.dtype) -> T
 
 
 def _for(q: Tensor, memory: Tensor) -> Tensor:
-    """What a slice with queries q (h, r, d) uses of the memory of all: the last ones are smaller."""
-    return memory[: q.shape[0], : q.shape[1]]
+    """What a slice with queries q (h, r, d) uses of the memory of all, (h, r, M): the last ones are smaller. In one
+    piece, or the gradient of torch's softmax would be written elsewhere.
+    """
+    heads, rows, keys = q.shape[0], q.shape[1], memory.shape[2]
+    return memory.flatten()[: heads * rows * keys].view(heads, rows, keys)
 
 
 def empty_tokens(x: Tensor) -> Tensor:

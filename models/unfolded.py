@@ -26,7 +26,8 @@ SMALLER = 8     # a map is small if the weight has more than so many times its n
 def is_small(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     """Whether a convolution of a map x (B, C, h, w) is better made here: one that keeps the size, or halves it."""
     k = weight.shape[2]
-    usual = weight.shape[3] == k and k % 2 == 1 and padding == (k // 2, k // 2) and stride[0] == stride[1]
+    fits = x.ndim == 4 and x.shape[1] == weight.shape[1]
+    usual = fits and weight.shape[3] == k and k % 2 == 1 and padding == (k // 2, k // 2) and stride[0] == stride[1]
     if not usual or x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
     return weight.numel() > (1 if k == 1 else SMALLER) * x.numel() // stride[0] ** 2

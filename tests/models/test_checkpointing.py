@@ -341,3 +341,14 @@ def test_weights_that_are_made_of_what_learns_are_no_error() -> None:
     made = start.exp()
     (found,) = torch.autograd.grad(checkpoint(lambda x: x * made, x, weights=[made]).sum(), start)
     assert torch.equal(found, torch.autograd.grad((x * start.exp()).sum(), start)[0])
+
+
+@pytest.mark.parametrize("level", ["attention", "blocks"])
+def test_a_text_may_be_encoded_in_inference_mode(level: str) -> None:
+    model, x, t = tiny_model(), numbers(1, 4, 16, 16).requires_grad_(), torch.tensor([500.0])
+    with torch.inference_mode():
+        context = numbers(1, 7, model.unet.config.context_dim, seed=1)
+    wanted, found = (
+        gradients(lambda x, how=how: model.unet(x, t, context, checkpointing=how), x) for how in ("none", level)
+    )
+    assert torch.equal(wanted[0], found[0])

@@ -94,3 +94,13 @@ def test_a_block_in_the_place_of_ours_is_called(block: nn.Module) -> None:
     for other in (Told(), Derived(32, 24, 4).double()):
         transformer.transformer_blocks[0] = other
         torch.testing.assert_close(transformer(x, cond), wanted, rtol=1e-12, atol=1e-12)       # as above
+
+
+def test_what_the_branch_before_returns_may_lie_otherwise(block: nn.Module) -> None:
+    x, context = numbers(2, 9, 32, seed=1), numbers(2, 5, 24, seed=2)
+    with torch.no_grad():
+        wanted = block(x, Condition(x[:, 0], context))
+        turn = block.attn2.to_out[0].register_forward_hook(lambda *seen: seen[2].mT.contiguous().mT)
+        found = block(x, Condition(x[:, 0], context))
+    turn.remove()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)           # float64's rounding

@@ -190,3 +190,10 @@ class TestKept:
         with SavedBytes() as counter:
             geglu(x)
         assert counter.bytes == x.nbytes
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 1), (3, 3)])
+def test_a_convolution_to_few_channels_that_is_padded_beyond_its_kernel(kernel: int, padding: int) -> None:
+    x, weight = numbers(1, 16, 6, 6).requires_grad_(), numbers(2, 16, kernel, kernel, seed=1)
+    pads = (padding, padding)
+    assert_equal(lambda x: conv2d(x, weight, None, (1, 1), pads), lambda x: F.conv2d(x, weight, None, 1, padding), x)

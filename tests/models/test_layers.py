@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models import checkpointing, layers, products, residual
-from models.attention import ImageAttention, JointAttention, SpatialTransformer
+from models.attention import GEGLU, ImageAttention, JointAttention, SpatialTransformer
 from models.condition import Condition
 from models.layers import (
     Conv2d,
@@ -21,13 +22,17 @@ from models.layers import (
     Upsample,
     conv3x3,
     conv_plus,
+    doubled_conv,
     half,
+    norm_conv,
     plus,
     timestep_embedding,
+    twice,
     zero,
 )  # fmt: skip
 from models.unet import ResBlock, UNet, UNetConfig
 from models.vae import Downsample, VAEConfig
+from tests.tiny import tiny_model
 
 
 def test_time_embedding_is_cosines_then_sines_divided_by_half() -> None:
@@ -247,3 +252,55 @@ def test_transformers_are_as_deep_as_is_asked() -> None:
     unet = UNet(UNetConfig(3, 3, 8, (1,), 1, (1,), 2, context_dim=6, transformer_depth=2, norm_groups=4))
     depths = [len(part.transformer_blocks) for part in unet.modules() if isinstance(part, SpatialTransformer)]
     assert depths == [2] * 4                                                # one down, the middle's, two up
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"padding": 1, "padding_mode": "circular"}, {"padding": 1, "padding_mode": "reflect"},
+        {"padding": 2, "dilation": 2}, {"padding": 1, "groups": 4}, {"padding": "same"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("wrapped", ["alone", "doubled", "plus", "normed"])
+def test_a_convolution_that_is_made_otherwise_is_torch_s_when_frozen_too(how: dict[str, Any], wrapped: str) -> None:
+    """As those that pad in a circle, for pictures that are tiles."""
+    conv, x = Conv2d(32, 32, 3, **how).requires_grad_(False), torch.randn(1, 32, 16, 16)
+    emb, norm = torch.randn(1, 32, 1, 1), NormSiLU(4, 32).requires_grad_(False)
+    with torch.no_grad():
+        theirs = {
+            "alone": lambda: nn.Conv2d.forward(conv, x), "doubled": lambda: nn.Conv2d.forward(conv, twice(x)),
+            "plus": lambda: nn.Conv2d.forward(conv, x) + emb, "normed": lambda: nn.Conv2d.forward(conv, norm(x)),
+        }  # fmt: skip
+        ours = {
+            "alone": lambda: conv(x), "doubled": lambda: doubled_conv(conv, x), "plus": lambda: conv_plus(conv, x, emb),
+            "normed": lambda: norm_conv(norm, conv, x),
+        }  # fmt: skip
+        torch.testing.assert_close(ours[wrapped](), theirs[wrapped](), rtol=0, atol=1e-5)      # sums of 288 below 4
+
+
+def test_a_unet_may_be_told_to_pad_in_a_circle() -> None:
+    """Moved round by a whole cell, its answer moves with it."""
+    unet, x = tiny_model().unet, torch.randn(1, 4, 16, 16)
+    for part in unet.modules():
+        if isinstance(part, Conv2d):
+            part.padding_mode = "circular"
+    t, context, by = torch.tensor([500.0]), torch.randn(1, 7, unet.config.context_dim), unet.config.factor
+    with torch.no_grad():
+        moved, still = unet(x.roll((by, by), (2, 3)), t, context), unet(x, t, context)
+    # float32's roundings through all layers: those of sums in another order were found below 1e-5
+    torch.testing.assert_close(moved, still.roll((by, by), (2, 3)), rtol=0, atol=1e-4)
+    assert (moved - still).abs().max() > 0.1
+
+
+def test_convolutions_and_gates_without_a_bias() -> None:
+    conv, x, emb = Conv2d(32, 32, 3, padding=1, bias=False), torch.randn(1, 32, 8, 8), torch.randn(1, 32, 1, 1)
+    gate, tokens = GEGLU(16, 32), torch.randn(1, 5, 16)
+    gate.proj.bias = None
+    value, by = (tokens @ gate.proj.weight.T).chunk(2, dim=-1)
+    with torch.no_grad():
+        conv.requires_grad_(False)
+        plainly = F.conv2d(twice(x), conv.weight, padding=1), F.conv2d(x, conv.weight, padding=1) + emb
+        found = doubled_conv(conv, x), conv_plus(conv, x, emb)
+        torch.testing.assert_close(found, plainly, rtol=0, atol=1e-5)                          # as above
+        torch.testing.assert_close(gate.requires_grad_(False)(tokens), value * F.gelu(by), rtol=0, atol=1e-5)

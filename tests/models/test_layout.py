@@ -89,3 +89,10 @@ def test_a_branch_that_is_a_view_is_not_written_while_autograd_records() -> None
     with torch.no_grad():
         branch = F.linear(x, weight)
         assert plus(branch, torch.ones(4)).data_ptr() == branch.data_ptr()
+
+
+def test_kernels_of_eight_bits_are_laid_too() -> None:
+    kernel = torch.randn(4, 8, 3, 3).to(torch.float8_e4m3fn)
+    found = converted(kernel, torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(found, kernel.to(torch.bfloat16))
+    assert found.is_contiguous(memory_format=torch.channels_last)

@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_said_by_torch() -> None:
         with pytest.raises(RuntimeError) as ours:
             product(*wrong)
         assert str(ours.value) == str(torchs.value)
-    for usual in ((x, weight, bias[:1]), (x, weight[0])):               # to torch
+    for usual in ((x, weight, bias[:1]), (x, weight[0]), (x[:, :0], weight[:, :0], bias), (x, weight[:0])):  # to torch
         assert torch.equal(product(*usual), F.linear(*usual))
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._saved_bytes import SavedBytes
 from models.attend import AttentionKind, attend
-from models.sliced_attention import _whole, slice_size, sliced_attention
+from models.sliced_attention import _SlicedAttention, _whole, slice_size, sliced_attention
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -181,3 +181,18 @@ def test_products_of_bfloat16_have_whole_registers_of_channels() -> None:
     for other in (x[..., :32], x.float(), x.to("meta")):
         assert _whole(other).shape == other.shape
         assert _whole(other).is_contiguous()
+
+
+def test_several_heads_a_slice_and_a_smaller_last_one() -> None:
+    q, k, v, d_out = inputs(31, 77, torch.float64)
+    ours, theirs = _SlicedAttention.apply(q, k, v, False, 2, 10, False), plain(q, k, v, False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)                               # float64's rounding
+    found, wanted = (torch.autograd.grad(out, (q, k, v), d_out) for out in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(2, 0), (0, 3)])
+def test_nothing_looks_at_nothing(heads: int, queries: int) -> None:
+    q, k, v = (torch.randn(1, heads, n, 8, requires_grad=True) for n in (queries, 5, 5))
+    sliced_attention(q, k, v).sum().backward()
+    assert [x.grad.count_nonzero().item() for x in (q, k, v)] == [0, 0, 0]

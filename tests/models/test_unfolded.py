@@ -122,3 +122,13 @@ def test_what_it_returns_can_be_added_to_in_place() -> None:
     y = conv2d(x, weight, numbers(1024, seed=2), (1, 1), (1, 1))
     (dx,) = torch.autograd.grad(y.clone().sum(), x, retain_graph=True)
     assert torch.equal(torch.autograd.grad(y.add_(x).sum(), x)[0], dx + 1)
+
+
+def test_maps_that_do_not_fit_the_weight_are_torch_s() -> None:
+    """Which says what is wrong; and takes a map of no batch."""
+    weight = numbers(64, 32, 3, 3, seed=1)
+    assert is_small(numbers(1, 32, 2, 2), weight, (1, 1), (1, 1))
+    with pytest.raises(RuntimeError, match="expected input.* to have 32 channels, but got 16"):
+        conv2d(numbers(1, 16, 2, 2), weight, None, (1, 1), (1, 1))
+    x, pointwise = numbers(64, 2, 2), numbers(64, 64, 1, 1, seed=1)
+    torch.testing.assert_close(conv2d(x, pointwise, None), F.conv2d(x, pointwise), rtol=0, atol=1e-4)   # sums of 64
