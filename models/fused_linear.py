@@ -24,7 +24,7 @@ def is_worth_it(x: Tensor) -> bool:
 
 
 def linear_plus(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """h + x @ weight^T + bias. x: (…, C_in), weight: (C_out, C_in), h: (…, C_out)."""
+    """h + x @ weight^T + bias. x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), h: (…, C_out), of any strides."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, h, *in_one_piece(weight, bias), "add")
 
 

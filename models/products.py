@@ -43,6 +43,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def in_one_piece(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both as oneDNN wants them: of a weight whose rows or columns lie apart, as of a part of a larger one, its product
     takes a thousand times as long; of such a bias it reads what lies between.
+
+    weight: (C_out, C_in), bias: (C_out,), of any strides; themselves where they lie so, else copies.
     """
     dense = weight.is_contiguous() or weight.T.is_contiguous()
     return weight if dense else weight.contiguous(), None if bias is None else bias.contiguous()

@@ -279,6 +279,12 @@ def test_a_convolution_that_is_made_otherwise_is_torch_s_when_frozen_too(how: di
         torch.testing.assert_close(ours[wrapped](), theirs[wrapped](), rtol=0, atol=1e-5)      # sums of 288 below 4
 
 
+def test_a_convolution_that_finds_its_own_padding_has_a_gradient() -> None:
+    conv, x = Conv2d(8, 8, 3, padding="same").requires_grad_(False), torch.randn(1, 8, 6, 6, requires_grad=True)
+    found, wanted = (torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (conv, lambda x: nn.Conv2d.forward(conv, x)))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)                               # sums of 72 below 4
+
+
 def test_a_unet_may_be_told_to_pad_in_a_circle() -> None:
     """Moved round by a whole cell, its answer moves with it."""
     unet, x = tiny_model().unet, torch.randn(1, 4, 16, 16)
@@ -288,9 +294,9 @@ def test_a_unet_may_be_told_to_pad_in_a_circle() -> None:
     t, context, by = torch.tensor([500.0]), torch.randn(1, 7, unet.config.context_dim), unet.config.factor
     with torch.no_grad():
         moved, still = unet(x.roll((by, by), (2, 3)), t, context), unet(x, t, context)
-    # float32's roundings through all layers: those of sums in another order were found below 1e-5
-    torch.testing.assert_close(moved, still.roll((by, by), (2, 3)), rtol=0, atol=1e-4)
-    assert (moved - still).abs().max() > 0.1
+    # float32's roundings, of sums in another order, through all layers: 2.3e-6 at most in eight random networks
+    torch.testing.assert_close(moved, still.roll((by, by), (2, 3)), rtol=0, atol=1e-5)
+    assert (moved - still).abs().max() > 1                                  # 2.3 at least
 
 
 def test_convolutions_and_gates_without_a_bias() -> None:
