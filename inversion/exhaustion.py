@@ -1,21 +1,28 @@
 """A device that runs out of memory: recognised, and answered with what would need less."""
 
+import errno
 from typing import Any
 
 import torch
 
-from inversion.errors import InversionError
 from inversion.plan import one_by_one
 from models import GlideModel, LatentModel, Setting
 
-SAID = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+SAID = (
+    "out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED",
+    "failed to map segment",                                # of a library that is loaded when it is first needed
+)  # fmt: skip
+ONEDNN_SAID = "could not create a primitive"                # and no more; of what does not fit together it says more
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of the forms in which torch, CUDA's libraries and Python say so."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
+    """Whether an error is one of the forms in which torch, oneDNN, CUDA's libraries, Python and the system say so."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if not isinstance(error, (RuntimeError, ImportError)):
+        return isinstance(error, MemoryError)
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or said == ONEDNN_SAID or any(words in said for words in SAID)
 
 
 def advice(model: Any, side: int, batch_size: int) -> str:
@@ -38,7 +45,5 @@ def next_cheaper(model: Any, side: int, batch_size: int) -> Setting | None:
         planned = one_by_one(model, side, batch_size, "cpu" if model.device.type == "cpu" else "cuda", settings)
         now = next(planned)
         return next((each.setting for each in planned if each.peak < now.peak), None)
-    except (InversionError, RuntimeError, MemoryError) as error:
-        if not (isinstance(error, InversionError) or is_out_of_memory(error)):
-            raise
-        return model.setting.cheaper()              # larger than any plan, or no memory is left to plan in
+    except Exception:               # larger than any plan; or no memory is left to plan in, which shows in many ways
+        return model.setting.cheaper()

@@ -52,7 +52,7 @@ def train(
     try:
         training = _trained(model, concept, images, templates, config, file, resume, keep_encoder, on_step)
         return Result(training.best(), _metrics(training, name), training.state.history)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         saved = resume or _changed(file) != there
@@ -88,13 +88,18 @@ def _trained(
 
 
 def _write(training: Training, file: Path | None, ended: bool) -> None:
-    """The state, and the best word so far; if nothing was better than the start, only when the training has ended."""
+    """The state, and the best word so far; if nothing was better than the start, only when the training has ended.
+
+    The word first: it is the smaller, where a disk is nearly full. Of two that fail the state's error is raised.
+    """
     if file is None or not training.state.history:
         return
     with unbroken():
-        training.save(state_file(file))
-        if ended or training.state.best_step:
-            training.best().save(file)
+        try:
+            if ended or training.state.best_step:
+                training.best().save(file)
+        finally:
+            training.save(state_file(file))
 
 
 def state_file(file: str | Path) -> Path:

@@ -40,20 +40,20 @@ def run(main: Callable[..., None]) -> None:
         main(tyro.cli(config, description=description)) if config else tyro.cli(main, description=description)
     except (DiffusionError, GuidanceError, InversionError, ModelError) as error:
         _stop(str(error), REFUSED)
-    except OSError as error:
-        what = error.strerror or str(error)
-        _stop(f"{error.filename}: {what}" if error.filename else what, REFUSED)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        _stop(
-            "out of memory: what was written so far is kept; take fewer or smaller images at once, a --dtype of 16 "
-            "bits, or --offload stream",
-            REFUSED,
-        )
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second one finds nothing left to interrupt
         _stop("interrupted", INTERRUPTED)
+    except Exception as error:
+        if is_out_of_memory(error):
+            _stop(
+                "out of memory: what was written so far is kept; take fewer or smaller images at once, a --dtype of "
+                "16 bits, or --offload stream",
+                REFUSED,
+            )
+        if not isinstance(error, OSError):
+            raise
+        what = error.strerror or str(error)
+        _stop(f"{error.filename}: {what}" if error.filename else what, REFUSED)
 
 
 def _config(main: Callable[..., None]) -> tuple[type | None, str]:

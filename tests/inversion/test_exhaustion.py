@@ -1,5 +1,6 @@
 """A device that runs out of memory in the middle: the vectors so far are kept, and what would need less is named."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ FORMS = [
     torch.OutOfMemoryError(SAID), RuntimeError(SAID), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "Cannot allocate memory", "a library"),
+    RuntimeError("unable to mmap 24375616 bytes from file <x.safetensors>: Cannot allocate memory (12)"),
+    ImportError("_lsprof.so: failed to map segment from shared object"),
 ]  # fmt: skip
 
 
@@ -42,7 +46,8 @@ def exhausted(at: int, error: Exception) -> LatentModel:
 def test_other_errors_are_no_exhaustion() -> None:
     on_windows = RuntimeError("[enforce fail at alloc_cpu.cpp] data. DefaultCPUAllocator: not enough memory: you tried")
     assert all(map(is_out_of_memory, [*FORMS, on_windows]))
-    assert not any(map(is_out_of_memory, [RuntimeError("shapes do not match"), ValueError(SAID), KeyError("x")]))
+    shapes = RuntimeError("could not create a primitive descriptor for the matmul primitive"), ImportError("no module")
+    assert not any(map(is_out_of_memory, [*shapes, ValueError(SAID), KeyError("x"), OSError(errno.ENOSPC, SAID)]))
 
 
 @pytest.mark.parametrize("error", FORMS, ids=lambda error: type(error).__name__)
@@ -77,11 +82,14 @@ def test_what_is_too_large_to_be_planned_gets_the_next_level() -> None:
     assert next_cheaper(outline("sd1.5"), 8192, 1).checkpointing == "attention"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), ImportError("half of torch"), SystemError("error return without exception set")], ids=repr
+)
 def test_where_no_memory_is_left_to_plan_in_the_next_level_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def one_by_one(*given: Any) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("inversion.exhaustion.one_by_one", one_by_one)
     with pytest.raises(InversionError, match="is checkpointing attention, offload none; the vectors so far are saved"):

@@ -21,6 +21,7 @@ from inversion.objective import denoising_loss
 from inversion.trainer import state_file
 from inversion.training import step_generator
 from models import ModelError, TextFeatures, Tokens
+from tests.disk import full_disk
 from tests.tiny import tiny_model, tiny_tokenizer
 
 START = (0.8, 0.2, 0.6, 0.4)
@@ -390,6 +391,14 @@ def test_checkpoints_are_written_on_the_way(tmp_path: Path) -> None:
     learn(Sum(), file=file, on_step=lambda report: found.append(state_file(file).exists()))
     assert found == [False] * 3 + [True] * 9  # checkpoint_every=4
     assert sorted(f.name for f in tmp_path.iterdir()) == ["x.safetensors", "x.training.pt"]
+
+
+def test_where_there_is_room_for_the_word_alone_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with full_disk(2000), pytest.raises(OSError, match=r"[Ff]ile .*x\.training\.pt"):
+        learn(Sum(), replace(FAST, checkpoint_every=100), file=file)
+    assert [each.name for each in tmp_path.iterdir()] == ["x.safetensors"]
+    assert torch.equal(Concept.load(file).vectors, learn(Sum()).concept.vectors)
 
 
 def test_a_finished_training_can_be_resumed_and_does_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`scripts/_command.py`: every refusal is one sentence on stderr and exit code 2, and Ctrl-C is 130."""
 
+import errno
 import importlib.util
 import io
 import signal
@@ -106,8 +107,10 @@ def test_a_help_that_nobody_reads_to_its_end_is_a_sentence(
 def test_no_memory_is_a_sentence_and_a_fault_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert refused(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")) == 2
-    assert capsys.readouterr().err.startswith("out of memory: what was written so far is kept; take fewer")
+    nothing_mapped = OSError(errno.ENOMEM, "Cannot allocate memory", "a library")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), nothing_mapped):
+        assert refused(monkeypatch, error) == 2
+        assert capsys.readouterr().err.startswith("out of memory: what was written so far is kept; take fewer")
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(RuntimeError, match="shapes do not match"):
         refused(monkeypatch, RuntimeError("shapes do not match"))
