@@ -8,36 +8,66 @@ was held when the weights were in place: preparing and warming up are part of th
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from _process import PartFailed, Process, Side, Sides, Work
 
+from models.replacing import replacing
+
 GIB = 2**30
+INTERRUPTED = 130   # as a shell reports a command that Ctrl-C ended
 
 
 def command(doc: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
     """What every benchmark's command line does: measure, print the table row by row, and write it, then exit.
 
     doc: the text of --help. measure: yields rows of `compare`. With --json FILE the rows so far are written after each.
-    Exits 1 with one sentence if a side fails.
+    Exits as `told`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write the rows of the table there as well")
     file, rows = parser.parse_args().json, []
     print(HEADER, flush=True)
-    try:
+    with told():
         for row in measure():
             print(line(row), flush=True)
             rows.append(row)
-            if file:
-                file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            write(file, rows)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What ends a measurement early is told in one sentence, and ends the program: a side that fails and a file that
+    cannot be written with 1, Ctrl-C with 130, and SIGTERM, which is taken for one so that no side outlives it.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        sentence, code = "interrupted", INTERRUPTED
     except PartFailed as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sentence, code = str(error), 1
+    except OSError as error:
+        sentence, code = f"{error.filename}: {error.strerror}", 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def write(file: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows so far, in place of what was there, which stays if they cannot be written: OSError."""
+    if file is not None:
+        with replacing(file) as beside:
+            beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def json_file(name: str) -> Path:
@@ -45,8 +75,8 @@ def json_file(name: str) -> Path:
     file = Path(name)
     if not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{file} cannot be written: there is no folder {file.parent}")
-    if file.is_dir():
-        raise argparse.ArgumentTypeError(f"{file} is a folder: name a file in it")
+    if file.exists() and not file.is_file():
+        raise argparse.ArgumentTypeError(f"{file} is a folder or a device: name a file")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{file} cannot be written: it, or its folder, is read-only")
     return file

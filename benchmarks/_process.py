@@ -53,6 +53,12 @@ class PartFailed(RuntimeError):
     """A side of a measurement ended without an answer."""
 
 
+def ended(code: int) -> str:
+    """What to say of a process that ended with this code, and with no answer."""
+    killed = " (killed: too little memory?)" if code == -signal.SIGKILL else ""
+    return f"its process ended with code {code}{killed}"
+
+
 class Process:
     """A side in a process of its own, which begins to build at once. name: for messages; work: the first."""
 
@@ -60,7 +66,7 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.name, self.work = name, work
-        self.process = context.Process(target=serve, args=(theirs, side, work, torch.get_num_threads()), daemon=True)
+        self.process = context.Process(target=live, args=(theirs, side, work, torch.get_num_threads()), daemon=True)
         self.process.start()
         theirs.close()                      # so that its end shows here as an end of file
 
@@ -73,8 +79,7 @@ class Process:
             answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            killed = " (killed: too little memory?)" if self.process.exitcode == -signal.SIGKILL else ""
-            raise PartFailed(f"{part}: its process ended with code {self.process.exitcode}{killed}") from None
+            raise PartFailed(f"{part}: {ended(self.process.exitcode)}") from None
         if isinstance(answer, str):
             print(answer, file=sys.stderr)
             raise PartFailed(f"{part}: {answer.strip().splitlines()[-1]}")
@@ -91,6 +96,12 @@ class Sides(list[Process]):
         for side in self:
             side.process.terminate()
             side.process.join()
+
+
+def live(pipe: Connection, side: Side, work: Work, threads: int) -> None:
+    """`serve`, in a process that leaves Ctrl-C to whoever asks, who ends it then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(pipe, side, work, threads)
 
 
 def serve(pipe: Connection, side: Side, work: Work, threads: int) -> None:
@@ -119,10 +130,11 @@ def serve(pipe: Connection, side: Side, work: Work, threads: int) -> None:
                 case function, _:
                     answer = function(step)
             pipe.send(answer)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return                              # whoever asked is gone
     except BaseException:
-        pipe.send(traceback.format_exc())
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send(traceback.format_exc())
 
 
 def repetitions(step: Step) -> int:

@@ -13,15 +13,15 @@ where nothing was measured, as everywhere in the columns that compare with a pee
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import json_file
-from _process import resident
+from _measure import json_file, told, write
+from _process import PartFailed, ended, resident
 from torch import nn
 
 import inversion
@@ -94,7 +94,7 @@ def measured_apart(index: int) -> int:
     """`measure` in a new process."""
     done = subprocess.run([sys.executable, __file__, "--measure", str(index)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"measuring {MEASURED[index][1]} failed")
+        raise PartFailed(f"measuring {MEASURED[index][1]}: {ended(done.returncode)}")
     return int(done.stdout)
 
 
@@ -113,9 +113,15 @@ def main() -> None:
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write the rows of the table there as well")
     parser.add_argument("--measure", type=int, metavar="I", help="only measure the I-th setting, and print bytes")
     given = parser.parse_args()
-    if given.measure is not None:
-        print(measure(*MEASURED[given.measure]))
-        return
+    with told():
+        if given.measure is None:
+            everything(given.json)
+        else:
+            print(measure(*MEASURED[given.measure]))
+
+
+def everything(file: Path | None) -> None:
+    """All rows, printed, and written."""
     rows = []
     print(f"{'':62} {'predicted':>10} {'measured':>10} {'ratio':>6}")
     for device, works in (("cpu", MEASURED), ("cuda", CUDA)):
@@ -125,8 +131,7 @@ def main() -> None:
             numbers = ("-", "-") if measured is None else (size(measured), f"{ratio:.3f}")
             what = f"{device} {side} {str(setting).replace(', offload none', '')}"
             print(f"{what:62} {size(plan.peak):>10} {numbers[0]:>10} {numbers[1]:>6}", flush=True)
-            if given.json:
-                given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            write(file, rows)
 
 
 if __name__ == "__main__":

@@ -64,4 +64,4 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
-        return product(dy, ctx.saved_tensors[0].to(dy.dtype).T), None, None
+        return product(dy, ctx.saved_tensors[0].T), None, None

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from typing import Any
 import _measure
 import pytest
 import torch
-from _process import PartFailed, Side, Step, Work, serve
+from _process import PartFailed, Process, Side, Sides, Step, Work, serve
+
+from tests.disk import full_disk
 
 WORK, MIB = Work("some_work", "float32", 64), 2**20
 FIELDS = [
@@ -111,14 +114,43 @@ def test_json_has_the_rows_so_far(
         yield row
         raise PartFailed("the peer broke")
 
-    said = run_command(monkeypatch, measure, "--json", str(tmp_path / "rows.json"))
-    assert said == "some_work.py: the peer broke"                  # a sentence for sys.exit is code 1
+    assert run_command(monkeypatch, measure, "--json", str(tmp_path / "rows.json")) == 1
     assert json.loads((tmp_path / "rows.json").read_text()) == [row]
-    assert "some_work" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "some_work" in said.out
+    assert said.err == "some_work.py: the peer broke\n"
     assert run_command(monkeypatch, lambda: iter([row])) is None
     monkeypatch.setattr("os.access", lambda path, how: path != tmp_path)        # for root all can be written
     for cannot_be_written in (tmp_path / "no" / "x.json", tmp_path, tmp_path / "x.json"):
         assert run_command(monkeypatch, lambda: pytest.fail("measured"), "--json", str(cannot_be_written)) == 2
+
+
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_from_outside_is_a_sentence_and_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, signalled: signal.Signals
+) -> None:
+    sides: list[Process] = []
+
+    def measure() -> Iterator[dict]:
+        with Sides([Process("ours", Side(build, start_small), WORK)]) as sides[:]:
+            signal.raise_signal(signalled)
+            yield _measure.row(WORK, 1.0, None)
+
+    assert run_command(monkeypatch, measure) == 130
+    assert capsys.readouterr().err == "some_work.py: interrupted\n"
+    assert [side.process.is_alive() for side in sides] == [False]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_rows_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file, row = tmp_path / "rows.json", _measure.row(WORK, 1.0, 4.0)
+    with full_disk(400):                                                        # which one row fits into, and not two
+        assert run_command(monkeypatch, lambda: iter([row, row]), "--json", str(file)) == 1
+    assert json.loads(file.read_text()) == [row]
+    assert capsys.readouterr().err.startswith(f"some_work.py: {file}: ")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def build(work: Work) -> torch.Tensor:

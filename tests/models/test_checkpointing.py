@@ -83,6 +83,22 @@ def test_autocast_is_that_of_the_first_time() -> None:
     assert torch.equal(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0])   # outside of the context
 
 
+def test_where_autocast_keeps_no_casts_the_second_run_keeps_none_either() -> None:
+    """A cast that is kept sums the gradients of its uses in 16 bits."""
+    weight, x, found = numbers(64, 64).requires_grad_(), numbers(32, 64, seed=1).requires_grad_(), []
+
+    def often(x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = nn.functional.linear(x, weight).float()
+        return x
+
+    for run in (often, lambda x: checkpoint(often, x, weights=[weight])):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            y = run(x)
+        found.append(torch.autograd.grad(y.sum(), [x, weight]))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("leaf", [True, False])
 def test_under_autocast_the_gradients_of_several_uses_are_added_as_without_it(leaf: bool) -> None:
     first, second, x = nn.Linear(32, 32), nn.Linear(32, 32), numbers(7, 32).requires_grad_()

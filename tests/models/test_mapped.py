@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,13 @@ def test_a_weight_that_was_changed_before_is_itself(path: Path) -> None:
     weight = open_tensors(path)["a"]
     weight.mul_(2)
     assert Mapped(weight, file_maps()).anew() is weight
+
+
+def test_a_map_of_another_file_than_has_its_name_is_not_read(path: Path) -> None:
+    """As where another folder was mounted over it."""
+    weight, maps = open_tensors(path)["a"], file_maps()
+    assert Mapped(weight, maps).anew() is not weight
+    assert Mapped(weight, [replace(each, inode=each.inode + 1) for each in maps]).anew() is weight
 
 
 def test_a_map_of_a_file_s_end(tmp_path: Path) -> None:

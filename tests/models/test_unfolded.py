@@ -72,6 +72,18 @@ def test_small_maps_under_large_weights(kernel: int, side: int, stride: int, pad
     assert not is_small(x.to("meta"), weight.to("meta"), (stride, stride), (padding, padding))
 
 
+def test_maps_of_another_dtype_are_left_to_torch() -> None:
+    x, weight = numbers(1, 64, 4, 4).float(), numbers(64, 64, 3, 3, seed=1)
+    assert is_small(x.double(), weight, (1, 1), (1, 1))
+    assert not is_small(x, weight, (1, 1), (1, 1))
+    said = []
+    for convolution in (conv2d, F.conv2d):
+        with pytest.raises(RuntimeError) as raised:
+            convolution(x, weight, None, (1, 1), (1, 1))
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [((3, 5), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)), ((3, 3), (1, 2), (1, 1))]
 )
