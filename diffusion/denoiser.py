@@ -51,7 +51,15 @@ class Prediction:
 
     @classmethod
     def from_x0(cls, x_t: Tensor, x0: Tensor, alpha_bar: float | Tensor) -> "Prediction":
-        """x_t, x0: (B, …). alpha_bar: a float, or (B,) float64, below 1; DiffusionError unless as many as samples."""
+        """x_t, x0: (B, …). alpha_bar: a float, or (B,) float64.
+
+        Raises DiffusionError where it is 1, and unless there are as many as samples.
+        """
+        if (alpha_bar == 1).any() if isinstance(alpha_bar, Tensor) else alpha_bar == 1:
+            raise DiffusionError(
+                "x_0 says nothing about the noise where there is none (alpha_bar = 1): begin at a time of some noise, "
+                "or with a network that predicts noise or v"
+            )
         signal = coefficient(alpha_bar**0.5, x_t) * x0
         return cls(x0, (x_t - signal) / coefficient((1 - alpha_bar) ** 0.5, x_t))
 
@@ -65,7 +73,12 @@ class Prediction:
         return cls(signal * x_t - noise * v, signal * v + noise * x_t)
 
     def clamped(self, x_t: Tensor, level: Level) -> "Prediction":
-        """x_0 clipped to [-1, 1], eps made consistent with it (pixels, not latents). x_t: (B, C, H, W)."""
+        """x_0 clipped to [-1, 1], eps made consistent with it, but where x_t is clean (pixels, not latents).
+
+        x_t: (B, C, H, W).
+        """
+        if level.alpha_bar == 1:
+            return replace(self, x0=self.x0.clamp(-1, 1))
         clipped = Prediction.from_x0(x_t, self.x0.clamp(-1, 1), level.alpha_bar)
         return replace(self, x0=clipped.x0, eps=clipped.eps)
 
@@ -107,10 +120,13 @@ def predict(form: str, x_t: Tensor, output: Tensor, alpha_bar: float | Tensor) -
 
     form: `epsilon`, `v_prediction` or `sample`, as diffusers' configurations call them. x_t: (B, C, …). output:
     (B, C, …), or (B, 2C, …) of a network that learned its variance, whose second half u lies in [-1, 1].
-    Raises DiffusionError for another form.
+    Raises DiffusionError for another form, and an output of another shape.
     """
     require_form(form)
     channels = x_t.shape[1]
+    if output.shape not in (x_t.shape, (len(x_t), 2 * channels, *x_t.shape[2:])):
+        raise DiffusionError(f"a network answers x_t {tuple(x_t.shape)} alike, or with twice as many channels where it "
+                             f"learned its variance, not with {tuple(output.shape)}")  # fmt: skip
     prediction = FORMS[form](x_t, output[:, :channels], alpha_bar)
     if output.shape[1] == channels:
         return prediction

@@ -21,7 +21,7 @@ float64, and only then cast to the dtype of the tensor that it multiplies.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -53,9 +53,9 @@ class Schedule:
 
     name: one of `NAMES`. steps: T >= 1. beta_start, beta_end: for the two linear formulas only, 0 < beta < 1;
     None takes the published values. zero_terminal_snr: see the module.
-    betas, alphas_bar: (T,) float64 on the CPU. Levels and the process read alphas_bar alone, and another table of T may
-    take its place: a schedule of one's own, of which betas and repr know nothing. Raises DiffusionError for other
-    arguments.
+    betas, alphas_bar: (T,) float64 on the CPU. Levels and the process read alphas_bar alone, and another table of T
+    numbers from 0 to 1, none above the one before, may take its place: a schedule of one's own, of which betas and repr
+    know nothing. Raises DiffusionError for other arguments, and for other tables.
     """
 
     def __init__(
@@ -75,6 +75,20 @@ class Schedule:
             self.alphas_bar = _zero_terminal(self.alphas_bar)
             before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
             self.betas = 1 - self.alphas_bar / before
+
+    @property
+    def alphas_bar(self) -> Tensor:
+        """(T,) float64 on the CPU."""
+        return self._alphas_bar
+
+    @alphas_bar.setter
+    def alphas_bar(self, table: Tensor | Sequence[float]) -> None:
+        table = torch.as_tensor(table, dtype=torch.float64, device="cpu")
+        if table.shape != (self.steps,):
+            raise DiffusionError(f"a table of this schedule holds ({self.steps},) numbers, not {tuple(table.shape)}")
+        if not ((table >= 0) & (table <= 1)).all() or (table.diff() > 0).any():
+            raise DiffusionError("alphas_bar are numbers from 1 to 0, none above the one before: these are not")
+        self._alphas_bar = table
 
     def __repr__(self) -> str:
         zero = ", zero_terminal_snr=True" if self.zero_terminal_snr else ""
@@ -108,18 +122,28 @@ class Schedule:
         """A draw from q(x_t | x_0), Ho et al. 2020, equation 4.
 
         x0, noise: (B, …) of one floating dtype. t: (B,) int64. Returns x_t, (B, …), x0's dtype and device.
-        Raises DiffusionError as `alpha_bar`, for whole numbers, and unless there are as many times as samples.
+        Raises DiffusionError as `alpha_bar`, for whole numbers, for noise of another shape or dtype, and unless there
+        are as many times as samples.
         """
-        alpha_bar = self.alpha_bar(t)
-        return coefficient(alpha_bar**0.5, x0) * x0 + coefficient((1 - alpha_bar) ** 0.5, x0) * noise
+        signal, rest = self._coefficients(x0, t, noise)
+        return signal * x0 + rest * noise
 
     def velocity(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4).
 
         x0, noise: (B, …). t: (B,) int64. Returns (B, …), x0's dtype and device. Raises DiffusionError as `q_sample`.
         """
+        signal, rest = self._coefficients(x0, t, noise)
+        return signal * noise - rest * x0
+
+    def _coefficients(self, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar), (B, 1, …) each, in x0's dtype."""
         alpha_bar = self.alpha_bar(t)
-        return coefficient(alpha_bar**0.5, x0) * noise - coefficient((1 - alpha_bar) ** 0.5, x0) * x0
+        found = coefficient(alpha_bar**0.5, x0), coefficient((1 - alpha_bar) ** 0.5, x0)
+        if (noise.shape, noise.dtype) != (x0.shape, x0.dtype):          # one for several would be broadcast in silence
+            kinds = [f"{x.dtype} {tuple(x.shape)}" for x in (x0, noise)]
+            raise DiffusionError(f"noise is like x_0, {kinds[0]}, a number of its own for each; this is {kinds[1]}")
+        return found
 
     def level(self, t: float) -> Level:
         """The noise level at one time; between whole times sigma is interpolated linearly, as diffusers' Euler does.

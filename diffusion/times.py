@@ -125,10 +125,10 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
     """
     if sampler not in SAMPLERS:
         raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
-    if not isinstance(n, int):
+    if not isinstance(n, Integral):
         raise DiffusionError(f"a sampler takes a whole number of steps, not {n!r}")
     steps = schedule.steps
-    if schedule.zero_terminal_snr:
+    if schedule.alphas_bar[-1] == 0:
         return schedule.levels(trailing(steps, n))
     if sampler == "dpmpp_2m_karras":
         return karras(schedule, n)

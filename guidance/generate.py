@@ -63,8 +63,8 @@ def generate(
     height, width   in pixels; None is the model's own resolution. With an upsampler: of what it enlarges.
     generator   a seed, one seed for each prompt, a generator on the CPU, or None for torch's own; the module
                 says what image i gets.
-    concepts    learned words that the prompts and the negatives may use. An upsampler has a text network of its own:
-                it reads the words that a concept was initialised with.
+    concepts    learned words that the prompts and the negatives use; of one that none uses a warning is given. An
+                upsampler has a text network of its own: it reads the words that a concept was initialised with.
     image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise; for an upsampler by
                 itself, the small image that it enlarges.
     strength    with an image to start from: above 0 and at most 1, the part of the steps that is taken; None is 0.8.
@@ -100,6 +100,7 @@ def generate(
         warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)
     shape = model.x0_shape(*sides)
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
+    inputs.warn_of_unused(concepts, (*prompts, *negatives))
     chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, guidance)]
     if upsampler is not None:
         chains = [replace(chains[0], kept=reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]

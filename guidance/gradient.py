@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ Gradient = Callable[[Tensor, Level], Tensor]
 
 
 def with_gradient(denoise: Denoiser, gradient: Gradient) -> Denoiser:
-    """The denoiser's predictions with the gradient at the same x_t (B, C, H, W) as their guide.
+    """The denoiser's predictions with the gradient at the same x_t (B, C, H, W) as their guide; of several they carry
+    the sum, as of independent conditions.
 
     What it returns raises GuidanceError where the gradient is no tensor like x_t: others would be broadcast in silence.
     """
@@ -37,7 +39,8 @@ def with_gradient(denoise: Denoiser, gradient: Gradient) -> Denoiser:
                 f"a gradient to guide by is a tensor {tuple(x_t.shape)}, as what is drawn, not {found}: of a "
                 "log-probability guidance.gradient_of makes one"
             )
-        return replace(denoise(x_t, level), guide=guide)
+        prediction = denoise(x_t, level)
+        return replace(prediction, guide=guide if prediction.guide is None else prediction.guide + guide)
 
     return guided
 
@@ -49,8 +52,8 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
     computed. A sample whose gradient is zero everywhere or not finite is not guided: that is said once, with the time,
     as a UserWarning. Raises GuidanceError for a scale that is not finite, and a log-probability that is no tensor (B,).
     """
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise GuidanceError(f"the scale of a gradient is a finite number (0 is off), not {scale}")
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise GuidanceError(f"the scale of a gradient is a finite number (0 is off), not {scale!r}")
     said: set[str] = set()
 
     @torch.inference_mode(False)                         # where nothing could have a gradient

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +44,8 @@ def prompts(
         raise GuidanceError("there is no prompt: give at least one, the empty one if need be")
     if len(negatives) != len(prompts):
         raise GuidanceError(f"{len(negatives)} negative prompts for {len(prompts)}: give one, or as many")
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise GuidanceError(f"a guidance scale is a finite number (1 is off), not {scale}")
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise GuidanceError(f"a guidance scale is a finite number (1 is off), not {scale!r}")
     if scale == 1 and any(negatives):
         said = "a guidance scale of 1 is off, so the negative prompt does nothing: raise the scale"
         warnings.warn(said, UserWarning, stacklevel=4)      # past `generate` and its no_grad
@@ -102,10 +102,10 @@ def in_plain_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[
 
 def streams(generator: Randomness, count: int) -> list[torch.Generator]:
     """One generator an image, as `guidance.generate` says."""
-    if not isinstance(generator, int | Sequence | torch.Generator | None):
+    if not isinstance(generator, Integral | Sequence | torch.Generator | None):
         raise GuidanceError(f"a generator is a seed, a seed a prompt, or a torch.Generator, not {generator!r}")
-    if isinstance(generator, int | Sequence):
-        seeds = [generator + i for i in range(count)] if isinstance(generator, int) else list(generator)
+    if isinstance(generator, Integral | Sequence):
+        seeds = [int(generator) + i for i in range(count)] if isinstance(generator, Integral) else list(generator)
         if not all(isinstance(seed, Integral) for seed in seeds):
             raise GuidanceError(f"seeds are whole numbers, not {generator!r}")
         if len(seeds) != count:
@@ -127,6 +127,15 @@ def listed(concepts: Iterable[Concept]) -> list[Concept]:
     if not all(hasattr(each, "vectors") for each in found):
         raise GuidanceError(f"concepts is a list of learned words, each an inversion.Concept, not {concepts!r}")
     return found
+
+
+def warn_of_unused(concepts: Sequence[Concept], texts: Iterable[str]) -> None:
+    """Warn of learned words that stand in none of the texts: spelled otherwise they are read as letters."""
+    texts = list(texts)
+    unused = [each.placeholder for each in concepts if not any(each.placeholder in text for text in texts)]
+    if unused:
+        said = f"no prompt has {', '.join(unused)}: a learned word is drawn where it is written as it was learned"
+        warnings.warn(said, UserWarning, stacklevel=4)      # past `generate` and its no_grad
 
 
 def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from inversion.errors import InversionError
@@ -36,8 +37,9 @@ class TrainConfig:
         least = dict.fromkeys(counts, 1) | {"warmup": 0, "seed": 0} | ({} if self.patience is None else {"patience": 1})
         for name, minimum in least.items():
             number = getattr(self, name)
-            if type(number) is not int:
+            if not isinstance(number, Integral) or isinstance(number, bool):
                 raise InversionError(f"{name} must be a whole number, not {number!r}")
+            object.__setattr__(self, name, int(number))         # one of NumPy's is written to no file
             if number < minimum:
                 raise InversionError(f"{name} must be at least {minimum}, not {number}")
         if self.warmup > self.steps:
@@ -47,8 +49,10 @@ class TrainConfig:
             )
         for name in ("learning_rate", "clip_norm"):
             number = getattr(self, name)
-            if type(number) not in (int, float) or not (math.isfinite(number) and number > 0):
-                raise InversionError(f"{name} must be a number above 0, not {number!r}")
+            real = isinstance(number, Real) and not isinstance(number, bool)
+            if not real or not (math.isfinite(number) and number > 0):
+                raise InversionError(f"{name} must be a finite number above 0, not {number!r}")
+            object.__setattr__(self, name, float(number))
         if self.seed >= 2**32:
             raise InversionError(f"a seed lies between 0 and {2**32 - 1}, {self.seed} does not")
         if self.schedule not in ("constant", "cosine"):

@@ -115,6 +115,9 @@ class TransformerBlock(nn.Module):
     The linear layer that ends a branch stands outside of its checkpoint: frozen, it keeps nothing anyway, and so it is
     not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
     forward is `last` of `all_but_the_last`. (Unrecorded on a CPU, there is no last: see `add_in_parts`.)
+
+    attn1, attn2, ff: may be replaced by modules of one's own, (x, context, kind) -> (B, N, C) and x -> (B, N, C), whose
+    answer is added as it is.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
@@ -136,19 +139,25 @@ class TransformerBlock(nn.Module):
             return self.attn2(self.norm2(x), context, cond.attention)
 
         def think(x: Tensor) -> Tensor:
-            return self.ff.widen(self.norm3(x))
+            return (self.ff.widen if ours else self.ff)(self.norm3(x))
 
-        x = self.attn1.added(x, cond.run("attention", self, look, x))
+        ours = isinstance(self.ff, FeedForward)
+        x = added(self.attn1, x, cond.run("attention", self, look, x))
         x = for_each(x, cond.context)
-        x = self.attn2.added(x, cond.run("attention", self, read, x, cond.context))
-        if self.ff.goes_in_parts(x, self.norm3):
+        x = added(self.attn2, x, cond.run("attention", self, read, x, cond.context))
+        if ours and self.ff.goes_in_parts(x, self.norm3):
             x = x.contiguous()                          # somebody's own layer may have laid it otherwise
             self.ff.add_in_parts(x, self.norm3)
             return x, None
         return x, cond.run("attention", self, think, x)
 
     def last(self, x: Tensor, thought: Tensor | None) -> Tensor:
-        return x if thought is None else self.ff.added(x, thought)
+        return x if thought is None else added(self.ff, x, thought)
+
+
+def added(layer: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+    """x and what a layer made of it, (B, N, C): ours leave their last product to this."""
+    return layer.added(x, branch) if isinstance(layer, Attention | FeedForward) else x + branch
 
 
 class ImageAttention(nn.Module):

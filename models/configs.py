@@ -196,18 +196,20 @@ def require_schedule(name: Any, where: str) -> None:
 
 
 def write_schedule(schedule: Json, prediction: str) -> dict[str, Any]:
-    """The scheduler_config.json, for diffusers' DDIM as Stable Diffusion uses it.
+    """The scheduler_config.json, for diffusers' DDIM as Stable Diffusion uses it; of one that ends in pure noise with
+    the times that begin there (Lin et al. 2023, section 3.3), as `diffusion.default_levels` has them.
 
     Raises ModelError for a schedule that leaves its betas to a default: diffusers' defaults are others.
     """
     betas = {key: schedule[key] for key in ("beta_start", "beta_end") if schedule.get(key) is not None}
     if schedule["name"] in BETA_SCHEDULES and len(betas) < 2:
         raise ModelError(f"the schedule {dict(schedule)} does not say its betas: give beta_start and beta_end")
-    return betas | {
+    zero = schedule.get("zero_terminal_snr", False)
+    spacing = {"timestep_spacing": "trailing"} if zero else {"steps_offset": 1}
+    return betas | spacing | {
         "_class_name": "DDIMScheduler", "beta_schedule": schedule["name"],
         "num_train_timesteps": schedule.get("steps", 1000), "prediction_type": prediction,
-        "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+        "rescale_betas_zero_snr": zero, "set_alpha_to_one": zero, "clip_sample": False,
     }  # fmt: skip
 
 

@@ -120,9 +120,11 @@ def draw(config: Config) -> Iterator[Tensor]:
             bar.update()
 
         for part in parts:
+            texts = *prompts[part], config.negative
+            used = [concept for concept in concepts if any(concept.placeholder in text for text in texts)]
             yield generate(
                 model, prompts[part], negative=config.negative, steps=config.steps, scale=config.scale,
-                sampler=config.sampler, height=size, width=size, generator=seeds[part], concepts=concepts, image=image,
+                sampler=config.sampler, height=size, width=size, generator=seeds[part], concepts=used, image=image,
                 strength=config.strength, batch_size=config.batch_size, progress=step_done,
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion import DiffusionError, Level, Prediction, Schedule, predict, target
+from diffusion import LAST, DiffusionError, Level, Prediction, Schedule, predict, target
 
 EXACT = 1e-12  # float64 rounding times at most 1 / sqrt(alpha_bar), 15 for Stable Diffusion's schedule
 
@@ -86,3 +86,20 @@ def test_unknown_form() -> None:
         predict("velocity", x, x, 0.5)
     with pytest.raises(DiffusionError, match="no network predicts 'velocity' here"):
         target(Schedule("linear"), "velocity", x, torch.tensor([0]), x)
+
+
+def test_what_is_clean_has_no_noise_to_be_known_from_x0() -> None:
+    x, ones = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, dtype=torch.float64)
+    for alpha_bar in (1.0, ones):
+        with pytest.raises(DiffusionError, match=r"x_0 says nothing about the noise where there is none"):
+            Prediction.from_x0(x, x, alpha_bar)
+    clamped = Prediction(4 * x, x).clamped(x, LAST)                # where what is drawn is turned back into noise
+    assert torch.equal(clamped.x0, torch.ones_like(x))
+    assert torch.equal(clamped.eps, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 3, 4, 4), (1, 2, 4, 4), (2, 2, 4, 1), (2, 5, 4, 4)])
+def test_an_answer_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    x_t = torch.zeros(2, 2, 4, 4)
+    with pytest.raises(DiffusionError, match=r"answers x_t \(2, 2, 4, 4\) alike"):
+        predict("epsilon", x_t, torch.zeros(shape), 0.5)

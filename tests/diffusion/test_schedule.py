@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion import LAST, DiffusionError, Schedule
+from diffusion import LAST, DiffusionError, Schedule, default_levels
 from diffusion.schedule import NAMES
 
 EXACT = 1e-14  # a few roundings of float64, of numbers near 1
@@ -148,6 +148,14 @@ def test_snr() -> None:
             "a batch of torch.uint8 has no noise levels: give floats",
         ),
         (lambda: Schedule("linear").velocity(torch.ones(1, 3).long(), torch.tensor([1]), torch.zeros(1, 3)), "int64"),
+        (   # one noise for all
+            lambda: Schedule("linear").q_sample(torch.zeros(2, 3), torch.tensor([1, 2]), torch.zeros(1, 3)),
+            r"noise is like x_0, torch.float32 \(2, 3\), a number of its own for each; this is torch.float32 \(1, 3\)",
+        ),
+        (
+            lambda: Schedule("linear").velocity(torch.zeros(2, 3), torch.tensor([1, 2]), torch.zeros(2, 3).double()),
+            r"this is torch.float64 \(2, 3\)",
+        ),
     ],
 )
 def test_refused(make: object, sentence: str) -> None:
@@ -160,3 +168,26 @@ def test_another_table_is_read_everywhere() -> None:
     schedule, own, t = Schedule("linear", steps=50), torch.linspace(0.9, 0.1, 50).double(), torch.tensor([30, -1])
     schedule.alphas_bar = own
     assert schedule.alpha_bar(t).tolist() == [schedule.level(30).alpha_bar, 1.0] == [own[30].item(), 1.0]
+
+
+def test_another_table_is_float64_and_its_end_is_what_counts() -> None:
+    schedule = Schedule("linear", steps=50)
+    schedule.alphas_bar = [1 - i / 49 for i in range(50)]                                   # ends in pure noise
+    assert schedule.alpha_bar(torch.tensor([49])).dtype == torch.float64
+    first, *_, last = default_levels(schedule, "ddim", 7)
+    assert (first.t, first.alpha_bar, last.t) == (49, 0, -1)                                # trailing times
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (torch.linspace(0.9, 0.1, 49), r"holds \(50,\) numbers, not \(49,\)"),
+        (torch.linspace(0.1, 0.9, 50), "from 1 to 0, none above the one before"),
+        (torch.linspace(1.1, 0.1, 50), "from 1 to 0"),
+        (torch.full((50,), math.nan), "from 1 to 0"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(table: torch.Tensor, sentence: str) -> None:
+    schedule = Schedule("linear", steps=50)
+    with pytest.raises(DiffusionError, match=sentence):
+        schedule.alphas_bar = table

@@ -58,6 +58,14 @@ def test_a_guided_chain_reaches_the_guided_distribution(sampler: str) -> None:
     assert variance < 3
 
 
+def test_two_conditions_guide_together() -> None:
+    """Each told half of the class's log-probability: their gradients are summed."""
+    x_t, level, half = torch.randn(2, 1, 4, 4).double(), SCHEDULE.level(500), gradient_of(log_probability, 0.5)
+    whole = with_gradient(denoise, gradient_of(log_probability, 1.0))(x_t, level)
+    twice = with_gradient(with_gradient(denoise, half), half)(x_t, level)
+    torch.testing.assert_close(twice.guide, whole.guide, rtol=1e-14, atol=0)            # float64's rounding
+
+
 def unscaled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An ancestral step that forgets the Σ: the mean moves by the whole gradient."""
 

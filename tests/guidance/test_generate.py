@@ -266,7 +266,7 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
         ({"prompts": []}, "there is no prompt"),
         ({"negative": ["0", "0"]}, "2 negative prompts for 1: give one, or as many"),
         ({"scale": float("nan")}, "a finite number .* not nan"),
-        ({"scale": "3"}, "a finite number .* not 3"),
+        ({"scale": "3"}, "a finite number .* not '3'"),
         ({"prompts": None}, "prompts are texts; got None"),
         ({"height": "64"}, "height is a whole number, not '64'"),
         ({"width": 64.0}, "width is a whole number, not 64.0"),
@@ -313,6 +313,23 @@ def test_progress_counts_every_step(capsys: pytest.CaptureFixture[str]) -> None:
 def test_refused(options: dict, sentence: str) -> None:
     with pytest.raises(GuidanceError, match=sentence):
         generate(Model(), **({"prompts": "0.1", "negative": "0", "steps": 2} | options))
+
+
+def test_a_learned_word_that_no_prompt_has_is_warned_of() -> None:
+    word = Word("<a>", torch.zeros(1, 1))
+    with pytest.warns(UserWarning, match="no prompt has <a>: a learned word is drawn where it is written") as warned:
+        generate(Model(), "0.1", steps=2, concepts=[word])
+    assert warned[0].filename == __file__
+    for silent in ({"prompts": ["0.1", "<a>"]}, {"prompts": "0.1", "negative": "<a>"}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(Model(), steps=2, concepts=[word], **silent)
+
+
+def test_a_number_of_numpy_s_is_a_number() -> None:
+    given = {"scale": np.float32(3), "steps": np.int64(2), "generator": np.int64(4)}
+    drawn = generate(Model(deviation=0.5), ["0.1"] * 2, **given)
+    assert torch.equal(drawn, generate(Model(deviation=0.5), ["0.1"] * 2, scale=3.0, steps=2, generator=4))
 
 
 def test_a_negative_prompt_without_guidance_is_warned_of() -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from inversion import InversionError, TrainConfig
@@ -33,3 +34,10 @@ def test_a_warm_up_as_long_as_the_training_only_rises() -> None:
 def test_numbers_that_cannot_work_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(InversionError):
         TrainConfig(**bad)
+
+
+def test_numbers_of_numpy_s_become_python_s() -> None:
+    """What is saved with them can be read by torch's unpickler of weights."""
+    config = TrainConfig(steps=np.int64(3), learning_rate=np.float32(0.5), clip_norm=2)
+    assert config == TrainConfig(steps=3, learning_rate=0.5, clip_norm=2.0)
+    assert [type(value) for value in (config.steps, config.learning_rate, config.clip_norm)] == [int, float, float]

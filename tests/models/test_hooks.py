@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models import bands, fused_linear
 from models.attention import TransformerBlock
+from models.condition import Condition
 from models.layers import Conv2d, Linear, Pointwise, plus_conv
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
@@ -158,3 +159,29 @@ def test_a_hook_of_a_shortcut_sees_a_map() -> None:
     conv.register_forward_hook(lambda layer, x, y: seen.append(y.shape))
     assert torch.equal(plus_conv(h, conv, x), wanted)
     assert seen == [(2, 8, 4, 4)]
+
+
+class Own(nn.Module):
+    """In an attention's or a feed-forward's place: a tenth of what it reads."""
+
+    def forward(self, x: Tensor, *more: object) -> Tensor:
+        return 0.1 * x
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", ["attn1", "attn2", "ff"])
+def test_a_block_s_branches_may_be_one_s_own(name: str, recorded: bool) -> None:
+    """What they return is added: nothing from a branch of zeros, and from another what it makes of its norm."""
+    torch.manual_seed(0)
+    block, tokens = TransformerBlock(32, 16, 2).requires_grad_(False), torch.randn(2, 9, 32).requires_grad_(recorded)
+    setattr(block, name, Own())
+    outputs: dict[str, Tensor] = {}
+    norm = {"attn1": block.norm1, "attn2": block.norm2, "ff": block.norm3}[name]
+    norm.register_forward_hook(lambda layer, inputs, y: outputs.update(x=inputs[0], y=y))
+    following = {"attn1": block.norm2, "attn2": block.norm3}.get(name)
+    if following is not None:
+        following.register_forward_hook(lambda layer, inputs, y: outputs.update(after=inputs[0]))
+    with torch.set_grad_enabled(recorded):
+        out = block(tokens, Condition(None, torch.randn(2, 5, 16), "attention" if recorded else "none", "auto", None))
+    after = outputs.get("after", out)
+    torch.testing.assert_close(after, outputs["x"] + 0.1 * outputs["y"], rtol=0, atol=1e-6)     # float32, of order 1

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
+from diffusion import Schedule, default_levels
 from models import LatentModel, ModelError, configs, presets
 from models.files import metadata
 from models.text import ClipText
@@ -65,6 +66,17 @@ class TestSavingFolders:
         assert pipe.tokenizer("a dog", padding="max_length")["input_ids"] == (
             peer.tokenizer.encode(["a dog"]).ids[0].tolist()
         )
+
+    def test_diffusers_begins_in_pure_noise_where_the_schedule_ends_there(self, tmp_path: Path) -> None:
+        model = tiny_model()
+        model.schedule, model.prediction = model.schedule | {"zero_terminal_snr": True}, "v_prediction"
+        models.save(model, tmp_path, "diffusers")
+        theirs, schedule = diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler"), Schedule(**model.schedule)
+        theirs.set_timesteps(5)
+        *levels, last = default_levels(schedule, "ddim", 5)
+        assert theirs.timesteps.tolist() == [level.t for level in levels]
+        assert levels[0].alpha_bar == 0
+        assert last.alpha_bar == theirs.final_alpha_cumprod
 
     def test_in_another_dtype(self, peer: Pipeline, tmp_path: Path) -> None:
         models.save(models.load(peer.folder), tmp_path / "half", dtype=torch.float16)

@@ -60,6 +60,7 @@ def test_pictures_and_sheet(folder: Path, script: ModuleType, tmp_path: Path) ->
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "wrote 4 images to out" in done.stdout
+    assert "warning" not in done.stderr  # of the word, which one batch has and the other has not
     assert "2/2" in done.stderr  # two batches, each of the one step that a strength of 0.8 leaves
 
     names = ["00-a-photo-of-a-dog-seed7.png", "00-a-photo-of-a-dog-seed8.png"]
