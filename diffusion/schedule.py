@@ -70,9 +70,9 @@ class Schedule:
             raise DiffusionError(f"a schedule needs a whole number of steps, at least 1, not {steps!r}")
         self.name, self.steps, self.zero_terminal_snr = name, steps, zero_terminal_snr
         self.betas = _betas(name, steps, beta_start, beta_end)
-        self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
+        self._alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         if zero_terminal_snr:
-            self.alphas_bar = _zero_terminal(self.alphas_bar)
+            self._alphas_bar = _zero_terminal(self._alphas_bar)
             before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
             self.betas = 1 - self.alphas_bar / before
 

@@ -136,10 +136,16 @@ def test_an_end_from_outside_is_a_sentence_and_leaves_no_process(
             signal.raise_signal(signalled)
             yield _measure.row(WORK, 1.0, None)
 
-    assert run_command(monkeypatch, measure) == 130
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}     # as a command begins
+    before = {each: signal.signal(each, handler) for each, handler in usual.items()}
+    try:
+        assert run_command(monkeypatch, measure) == 130
+        assert {each: signal.getsignal(each) for each in usual} == usual
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert capsys.readouterr().err == "some_work.py: interrupted\n"
     assert [side.process.is_alive() for side in sides] == [False]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_the_rows_before(
