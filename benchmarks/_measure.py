@@ -56,7 +56,7 @@ def told() -> Iterator[None]:
     except PartFailed as error:
         sentence, code = str(error), 1
     except OSError as error:
-        sentence, code = f"{error.filename}: {error.strerror}", 1
+        sentence, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
