@@ -72,15 +72,17 @@ class Prediction:
         signal, noise = coefficient(alpha_bar**0.5, x_t), coefficient((1 - alpha_bar) ** 0.5, x_t)
         return cls(signal * x_t - noise * v, signal * v + noise * x_t)
 
-    def clamped(self, x_t: Tensor, level: Level) -> "Prediction":
-        """x_0 clipped to [-1, 1], eps made consistent with it, but where x_t is clean (pixels, not latents).
+    def with_x0(self, x_t: Tensor, x0: Tensor, level: Level) -> "Prediction":
+        """Another x_0 and the eps that goes with it; where x_t is clean, of which x_0 says no eps, eps stays as it is.
 
-        x_t: (B, C, H, W).
+        x_t, x0: (B, C, H, W). A variance and a guide are kept.
         """
-        if level.alpha_bar == 1:
-            return replace(self, x0=self.x0.clamp(-1, 1))
-        clipped = Prediction.from_x0(x_t, self.x0.clamp(-1, 1), level.alpha_bar)
-        return replace(self, x0=clipped.x0, eps=clipped.eps)
+        eps = self.eps if level.alpha_bar == 1 else Prediction.from_x0(x_t, x0, level.alpha_bar).eps
+        return replace(self, x0=x0, eps=eps)
+
+    def clamped(self, x_t: Tensor, level: Level) -> "Prediction":
+        """x_0 clipped to [-1, 1] (pixels, not latents), see `with_x0`. x_t: (B, C, H, W)."""
+        return self.with_x0(x_t, self.x0.clamp(-1, 1), level)
 
     def guided(self, x_t: Tensor, level: Level) -> "Prediction":
         """The guide folded into the score (Dhariwal & Nichol 2021, algorithm 2); unchanged without one.

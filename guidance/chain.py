@@ -4,7 +4,7 @@ A cascade is several of these, each told what the one before drew.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -123,7 +123,6 @@ def keeping(denoise: Denoiser, image: Tensor, mask: Tensor) -> Denoiser:
 
     def denoise_rest(x_t: Tensor, level: Level) -> Prediction:
         prediction = denoise(x_t, level)
-        x0 = torch.where(mask.bool(), image, prediction.x0)
-        return replace(prediction, x0=x0, eps=Prediction.from_x0(x_t, x0, level.alpha_bar).eps)
+        return prediction.with_x0(x_t, torch.where(mask.bool(), image, prediction.x0), level)
 
     return denoise_rest

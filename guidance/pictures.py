@@ -3,6 +3,7 @@
 Checked, and brought to one form. Every refusal is a GuidanceError.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ def pictures(
 ) -> Pictures:
     """The image and mask of `guidance.generate`, for `count` prompts."""
     usual = tuple(model.resolution if side is None else side for side in (height, width))
+    image = None if image is None else start(image, count)
     if model.factor > 1:
         return Pictures(None, None, enlarged(model, image, mask, count, usual), usual)
     if mask is not None:
@@ -35,7 +37,6 @@ def pictures(
         _require_sides(image, factor, height, width)
         return Pictures(None, (image, mask), None, tuple(side // factor for side in image.shape[2:]))
     if image is not None:
-        image = start(image, count)
         _require_sides(image, 1, height, width)
         return Pictures(image, None, None, tuple(image.shape[2:]))
     return Pictures(None, None, None, usual)
@@ -55,6 +56,9 @@ def start(image: Tensor, count: int) -> Tensor:
         raise GuidanceError(f"an image to start from has pixels, and this one is {tuple(image.shape)}")
     if not image.is_floating_point() or not image.abs().max() <= 1:
         raise GuidanceError(f"an image to start from holds floats in [-1, 1], not {_span(image)}")
+    if 0 <= image.min() < image.max():
+        said = "no pixel of the image is darker than middle grey; it is to be in [-1, 1]"
+        warnings.warn(f"{said}: if it is in [0, 1], give 2x - 1", UserWarning, stacklevel=5)   # past generate's no_grad
     return image.float().expand(count, -1, -1, -1)
 
 
@@ -71,7 +75,7 @@ def _require_sides(image: Tensor, factor: int, height: int | None, width: int | 
 
 
 def enlarged(model: Any, image: Tensor | None, mask: Tensor | None, count: int, sides: tuple[int, int]) -> Tensor:
-    """The small images (B, 3, h, w) that an upsampler by itself makes images of these sides of."""
+    """The small images (B, 3, h, w) that an upsampler by itself makes images of these sides of: those of `start`."""
     if any(side % model.factor for side in sides):
         raise GuidanceError(f"{model.source} makes images whose sides are multiples of {model.factor}, not {sides}")
     height, width = (side // model.factor for side in sides)
@@ -82,7 +86,6 @@ def enlarged(model: Any, image: Tensor | None, mask: Tensor | None, count: int, 
         )
     if mask is not None:
         raise GuidanceError("a mask is for a base model with its upsampler: make this one the `upsampler` of a base")
-    image = start(image, count)
     if tuple(image.shape[2:]) != (height, width):
         raise GuidanceError(
             f"{model.source} makes {sides[1]}x{sides[0]} pixels of {width}x{height}; this image has "
@@ -92,13 +95,12 @@ def enlarged(model: Any, image: Tensor | None, mask: Tensor | None, count: int, 
 
 
 def kept(model: Any, image: Tensor | None, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What an inpainting model keeps: images (B, 3, H, W) and masks (B, 1, H, W), 1 where the image stays."""
+    """What an inpainting model keeps: the images of `start` and masks (B, 1, H, W), 1 where the image stays."""
     networks = [network for network in (model, model.upsampler) if network is not None]
     if not all(getattr(network, "inpaints", False) for network in networks):
         raise GuidanceError(f"a mask is for inpainting models, and {networks[-1].source} is none: leave the mask out")
     if image is None:
         raise GuidanceError("a mask says which part of an image stays: give the image, too")
-    image = start(image, count)
     if not isinstance(mask, Tensor) or mask.is_complex():
         raise GuidanceError(f"a mask is a tensor of 0 and 1, (H, W), not {_kind(mask)}")
     mask = mask[None] if mask.ndim == 2 else mask

@@ -128,7 +128,10 @@ class Concept:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a one-key safetensors file {placeholder: (n, D) float32}; the rest goes into its metadata."""
+        """Write a one-key safetensors file {placeholder: (n, D) float32}; the rest goes into its metadata.
+
+        Raises InversionError for a path that ends as a pickle's does.
+        """
         write_embedding(Path(path), self.placeholder, self.vectors, self.metadata)
 
 

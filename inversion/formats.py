@@ -27,6 +27,7 @@ from inversion.errors import InversionError
 from models.replacing import replacing
 
 NAMELESS = ("emb_params", "clip_l")     # keys that are no word
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -57,10 +58,21 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[str, str]) -> None:
     """Write one tensor, (n, D) float32, under the key `word`, beside the target, and rename: never half a file.
 
-    The folder is made if need be. `format: pt` is added to the metadata, which some readers insist on.
+    The folder is made if need be. `format: pt` is added to the metadata, which some readers insist on. Raises
+    InversionError as `require_name`.
     """
+    require_name(path)
     with replacing(path) as beside:
         beside.write_bytes(save({word: vectors.detach().cpu().contiguous()}, {**metadata, "format": "pt"}))
+
+
+def require_name(path: Path) -> None:
+    """Raise InversionError for a file that would be called as pickles are, which other tools then take it for."""
+    if path.suffix in PICKLES:
+        raise InversionError(
+            f"{path} is named as a pickle, and learned words are written as safetensors: call it "
+            f"{path.with_suffix('.safetensors').name}"
+        )
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:

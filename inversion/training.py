@@ -16,6 +16,7 @@ them again and again, or that moves nothing, stops and says so.
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,7 +57,8 @@ class Training:
 
     concept: where it starts; it is not changed. images: (N, 3, H, W) float32 in [-1, 1]. templates: of each
     image, N lists of lines with a slot `{}`. keep_encoder: otherwise the model's image encoder leaves memory
-    once its answers are cached, and the model cannot decode images any more.
+    once its answers are cached, and the model cannot decode images any more. Images without anything dark, which may
+    be in [0, 1], are said to be so in a warning.
 
     Raises InversionError for a concept, images or templates that cannot work, ModelError for a size of image.
     """
@@ -76,6 +78,11 @@ class Training:
                 f"images must be floats in [-1, 1] with 3 channels; these are {images.dtype} {tuple(images.shape)}, "
                 f"from {images.min().item():g} to {images.max().item():g}"
             )
+        if 0 <= images.min() < images.max():
+            warnings.warn(
+                "no pixel of the images is darker than middle grey; they are to be in [-1, 1]: if these are in [0, 1], "
+                "give 2 * images - 1", UserWarning, stacklevel=3,
+            )  # fmt: skip
         concept.require_fit(model.width, model.family)
         check_prompts(model.tokenizer, concept, templates)
         self.model, self.concept, self.templates, self.config = model, concept, templates, config

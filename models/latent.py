@@ -112,9 +112,11 @@ class LatentModel(UNetModel):
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance.
 
-        No gradient goes through here, nor through `decode`: through `vae.encode` and `vae.decode` it does.
+        No gradient goes through here, nor through `decode`: through `vae.encode` and `vae.decode` it does. Raises
+        ModelError for sides that the VAE cannot halve, of which it would leave the last pixels out.
         """
         self._require_encoder()
+        self.require_size(*images.shape[2:], self.vae.factor)
         with present(self, self.vae):
             return at_least_float32(self.vae.encode(images.to(self.vae.quant_conv.weight)))
 

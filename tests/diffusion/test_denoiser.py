@@ -40,11 +40,12 @@ def test_pure_noise_is_refused_for_eps(alpha_bar: float | torch.Tensor) -> None:
 def test_clamped_is_consistent(alpha_bar: float) -> None:
     x_t, v = 3 * torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
     level = Level(5.0, alpha_bar)
-    clamped = replace(Prediction.from_v(x_t, v, alpha_bar), guide=v).clamped(x_t, level)
+    clamped = replace(Prediction.from_v(x_t, v, alpha_bar), guide=v, var_frac=x_t).clamped(x_t, level)
     assert clamped.x0.abs().max() == 1
     again = alpha_bar**0.5 * clamped.x0 + (1 - alpha_bar) ** 0.5 * clamped.eps
     torch.testing.assert_close(again, x_t, rtol=0, atol=EXACT)
     assert clamped.guide is v
+    assert clamped.var_frac is x_t
 
 
 def test_guided_is_the_posterior_given_the_class() -> None:

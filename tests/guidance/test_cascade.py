@@ -243,7 +243,7 @@ def test_the_sides_asked_for_beside_a_mask_are_the_base_s() -> None:
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 1, 16, 16)])
 def test_a_mask_has_one_channel_and_is_one_or_as_many_as_prompts(shape: tuple[int, ...]) -> None:
     with pytest.raises(GuidanceError, match=r"the mask is .*, the image \(1, 3, 16, 16\)"):
-        pictures.kept(tiny_glide(inpaints=True), torch.zeros(3, 16, 16), torch.ones(shape), 1)
+        pictures.pictures(tiny_glide(inpaints=True), torch.zeros(3, 16, 16), torch.ones(shape), 1, None, None)
 
 
 def test_an_upsampler_makes_multiples_of_its_factor() -> None:
@@ -263,7 +263,7 @@ def test_a_mask_of_bools_is_one_of_numbers() -> None:
     base = replace(tiny_glide(inpaints=True), upsampler=tiny_glide(1, factor=4, inpaints=True))
     image, mask = picture(64), torch.zeros(64, 64)
     mask[5:, :30] = 1
-    bools, numbers = (pictures.kept(base, image, each, 1) for each in (mask.bool(), mask))
+    bools, numbers = (pictures.kept(base, image[None], each, 1) for each in (mask.bool(), mask))
     for found, wanted in zip((*bools, *pictures.reduced(bools, 4)), (*numbers, *pictures.reduced(numbers, 4))):
         assert torch.equal(found, wanted)
 
@@ -315,7 +315,10 @@ def test_an_image_without_pixels_is_refused() -> None:
 def test_keeping_is_consistent_in_eps() -> None:
     x_t, image, mask = picture(4)[None], picture(4, 1)[None], torch.ones(1, 1, 4, 4)
     level = Level(500.0, 0.3)
-    kept = keeping(lambda x, level: Prediction.from_eps(x, 0 * x, level.alpha_bar), image, mask)(x_t, level)
+    found = replace(Prediction.from_eps(x_t, 0 * x_t, level.alpha_bar), var_frac=x_t)
+    kept = keeping(lambda x, level: found, image, mask)(x_t, level)
+    assert torch.equal(kept.x0, image)
+    assert kept.var_frac is x_t
     torch.testing.assert_close(0.3**0.5 * kept.x0 + 0.7**0.5 * kept.eps, x_t, rtol=0, atol=1e-6)   # float32
 
 

@@ -205,7 +205,7 @@ def test_image_to_image(sampler: str) -> None:
 
 
 def test_one_image_for_all_or_one_for_each() -> None:
-    model, images = Model(), torch.stack([torch.zeros(3, 16, 24), torch.ones(3, 16, 24)])
+    model, images = Model(), torch.stack([-torch.ones(3, 16, 24), torch.zeros(3, 16, 24)])
     options = {"scale": 1.0, "steps": 10, "strength": 0.1, "generator": 3}
     assert generate(model, ["0.4", "0.4"], image=images, **options).shape == (2, 3, 16, 24)
     assert model.first[1].mean() - model.first[0].mean() > 0.5
@@ -217,13 +217,24 @@ def test_one_image_for_all_or_one_for_each() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_an_image_of_another_dtype_is_taken_in_float32(dtype: torch.dtype) -> None:
     model, first = Model(), []
-    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    image = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(dtype)
     for given in (image, image.float()):
         model.first = None
         generate(model, "0.4", image=given, scale=1.0, steps=10, strength=0.5, generator=3)
         first.append(model.first)
     assert first[0].dtype == torch.float32
     assert torch.equal(*first)
+
+
+def test_an_image_of_numbers_from_0_to_1_is_warned_of() -> None:
+    """As torchvision's ToTensor makes it: it would be drawn pale, and nothing said."""
+    options = {"scale": 1.0, "steps": 4, "strength": 0.5, "generator": 3}
+    with pytest.warns(UserWarning, match=r"darker than middle grey.* in \[0, 1\], give 2x - 1") as said:
+        generate(Model(), "0.4", image=torch.rand(3, 16, 16), **options)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(Model(), "0.4", image=torch.ones(3, 16, 16), **options)            # a canvas, of one colour
 
 
 def test_concepts_are_bound_in_order() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -666,9 +667,9 @@ def test_every_image_has_its_templates(count: int, templates: list[list[str]]) -
 
 
 def test_each_concept_has_a_state_of_its_own() -> None:
-    names = ["x.safetensors", "x.v1", "x.v2", "x.pt"]
+    names = ["x.safetensors", "x.v1", "x.v2"]
     assert [state_file(Path(name)).name for name in names] == [
-        "x.training.pt", "x.v1.training.pt", "x.v2.training.pt", "x.training.pt",
+        "x.training.pt", "x.v1.training.pt", "x.v2.training.pt",
     ]  # fmt: skip
 
 
@@ -740,6 +741,23 @@ def test_images_out_of_range_are_refused() -> None:
     for bad in wrong:
         with pytest.raises(InversionError, match=r"floats in \[-1, 1\] with 3 channels"):
             Training(tiny_model(), concept, bad, TEMPLATES, FAST)
+
+
+def test_images_of_numbers_from_0_to_1_are_warned_of() -> None:
+    model = tiny_model()
+    concept, half = Concept.from_text(model, "<x>", "dog"), (images() + 1) / 2
+    with pytest.warns(UserWarning, match=r"darker than middle grey.* in \[0, 1\], give 2 \* images - 1"):
+        Training(model, concept, half, TEMPLATES, FAST, keep_encoder=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Training(model, concept, 2 * half - 1, TEMPLATES, FAST, keep_encoder=True)
+
+
+def test_a_word_is_not_learned_for_a_file_named_as_a_pickle(tmp_path: Path) -> None:
+    model = Sum()
+    with pytest.raises(InversionError, match=r"x\.pt is named as a pickle.* call it x\.safetensors"):
+        learn(model, file=tmp_path / "x.pt")
+    assert model.encoded == 0
 
 
 def test_resuming_what_was_never_written() -> None:

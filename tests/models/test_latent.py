@@ -165,6 +165,10 @@ class TestSizes:
         with pytest.raises(ModelError, match="700x520 pixels .* multiples of 64, 704x512 for example"):
             model.x0_shape(520, 700)
 
+    def test_a_row_that_the_vae_would_leave_out_is_said(self, model: LatentModel) -> None:
+        with pytest.raises(ModelError, match="64x65 pixels .* multiples of 2, "):
+            model.moments(torch.zeros(1, 3, 65, 64))
+
 
 class TestReleasedEncoder:
     def test_what_needs_it_says_so(self, model: LatentModel, tmp_path: Path) -> None:
