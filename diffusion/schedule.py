@@ -53,9 +53,9 @@ class Schedule:
 
     name: one of `NAMES`. steps: T >= 1. beta_start, beta_end: for the two linear formulas only, 0 < beta < 1;
     None takes the published values. zero_terminal_snr: see the module.
-    betas, alphas_bar: (T,) float64 on the CPU. Levels and the process read alphas_bar alone, and another table of T
-    numbers from 0 to 1, none above the one before, may take its place: a schedule of one's own, of which betas and repr
-    know nothing. Raises DiffusionError for other arguments, and for other tables.
+    alphas_bar, betas: (T,) float64 on the CPU. Another table of T numbers from 0 to 1, none above the one before, may
+    take the place of alphas_bar, of which all else is made: a schedule of one's own. Raises DiffusionError for other
+    arguments, and for other tables.
     """
 
     def __init__(
@@ -69,12 +69,9 @@ class Schedule:
         if not isinstance(steps, int) or steps < 1:
             raise DiffusionError(f"a schedule needs a whole number of steps, at least 1, not {steps!r}")
         self.name, self.steps, self.zero_terminal_snr = name, steps, zero_terminal_snr
-        self.betas = _betas(name, steps, beta_start, beta_end)
-        self._alphas_bar = torch.cumprod(1 - self.betas, dim=0)
+        self._alphas_bar = torch.cumprod(1 - _betas(name, steps, beta_start, beta_end), dim=0)
         if zero_terminal_snr:
             self._alphas_bar = _zero_terminal(self._alphas_bar)
-            before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
-            self.betas = 1 - self.alphas_bar / before
 
     @property
     def alphas_bar(self) -> Tensor:
@@ -90,9 +87,16 @@ class Schedule:
             raise DiffusionError("alphas_bar are numbers from 1 to 0, none above the one before: these are not")
         self._alphas_bar = table
 
+    @property
+    def betas(self) -> Tensor:
+        """(T,) float64 on the CPU: 1 - alpha_bar_t / alpha_bar_{t-1}; 1 where there was nothing but noise before."""
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
+        return torch.where(before > 0, 1 - self.alphas_bar / before, 1.0)
+
     def __repr__(self) -> str:
         zero = ", zero_terminal_snr=True" if self.zero_terminal_snr else ""
-        first, last = self.betas[0].item(), self.betas[-1].item()
+        betas = self.betas
+        first, last = betas[0].item(), betas[-1].item()
         return f"Schedule({self.name!r}, steps={self.steps}{zero}: betas {first:.6g} to {last:.6g})"
 
     def alpha_bar(self, t: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ def ddpm_step(
     x_t, noise: (B, C, H, W). variance: `small` (the posterior's), `large` (beta), or `learned`, between
     them on a log scale. floor: the low end of a learned variance where `lower` is clean and the posterior
     has none; nothing random is added there, but a guide still moves the mean. Returns (B, C, H, W). Raises
-    DiffusionError for another variance, or a learned one that the prediction does not carry.
+    DiffusionError for another variance, or a learned one that the prediction does not carry, and
+    for a noisier `lower`.
     """
+    _require_lower(level, lower)
     mean = posterior_mean(prediction.x0, x_t, level.alpha_bar, lower.alpha_bar)
     small = posterior_variance(level.alpha_bar, lower.alpha_bar)
     large = step_beta(level.alpha_bar, lower.alpha_bar)
@@ -60,8 +62,10 @@ def ddim_step(
     noise that draws it again (their section 4.3).
 
     x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral). Returns (B, C,
-    H, W). Raises DiffusionError for a guide at alpha_bar = 0, and where noise is needed and there is none.
+    H, W). Raises DiffusionError for a guide at alpha_bar = 0, and if eta > 0 for a missing noise and a noisier `lower`.
     """
+    if eta:
+        _require_lower(level, lower)
     prediction = prediction.guided(x_t, level)
     remaining = 1 - lower.alpha_bar
     variance = eta**2 * posterior_variance(level.alpha_bar, lower.alpha_bar) if eta else 0.0  # equation 16
@@ -78,8 +82,10 @@ def dpmpp_2m_step(
 
     x_t: (B, C, H, W). before: (x_0, level) of the step before, or None for first order, which is DDIM's step.
     A step to sigma = 0 is always of first order: the second would divide by an infinite step. Returns (B, C, H, W).
-    Raises DiffusionError for a guide at alpha_bar = 0.
+    Raises DiffusionError for a guide at alpha_bar = 0, and for a clean level, which has no log sigma.
     """
+    if level.sigma == 0:
+        raise DiffusionError("DPM-Solver++ goes by log sigma, which a clean level has not: begin where there is noise")
     h = math.log(level.sigma / lower.sigma) if lower.sigma > 0 else math.inf  # of lambda = -log sigma
     x0 = prediction.guided(x_t, level).x0
     if before is not None and lower.sigma > 0:
@@ -88,3 +94,12 @@ def dpmpp_2m_step(
         x0 = x0 + 0.5 * h / h_before * (x0 - x0_before)
     keep = ((1 - lower.alpha_bar) / (1 - level.alpha_bar)) ** 0.5
     return keep * x_t - lower.alpha_bar**0.5 * math.expm1(-h) * x0
+
+
+def _require_lower(level: Level, lower: Level) -> None:
+    """Raise DiffusionError for a step to more noise, whose variance would be negative."""
+    if lower.alpha_bar < level.alpha_bar:
+        raise DiffusionError(
+            f"a step that draws from p(x_s | x_t) goes to less noise, not from time {level.t:g} to time {lower.t:g}: "
+            "there take ddim_step with eta=0, or add noise, as q(x_t | x_s) does"
+        )

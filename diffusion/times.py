@@ -103,12 +103,15 @@ def karras(schedule: Schedule, n: int, rho: float = 7.0) -> list[Level]:
     2022, eq. 5).
 
     A network is told the nearest whole time, as it was trained on those. Returns n + 1 levels, descending.
-    Raises DiffusionError with zero terminal SNR, whose largest sigma is infinite, and if n steps do not fit.
+    Raises DiffusionError with zero terminal SNR, whose largest sigma is infinite, for a table that begins clean, and if
+    n steps do not fit.
     """
     _check(schedule.steps, n)
     table = [schedule.level(t).sigma for t in range(schedule.steps)]
     if math.isinf(table[-1]):
         raise DiffusionError("Karras times need a finite largest sigma: with zero terminal SNR take trailing times")
+    if table[0] == 0:
+        raise DiffusionError("Karras times need a smallest sigma above 0, and this schedule begins with alpha_bar = 1")
     low, high = table[0] ** (1 / rho), table[-1] ** (1 / rho)
     sigmas = [(high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n)]
     return [*(Level(float(round(_time_of(s, table))), 1 / (1 + s**2)) for s in sigmas), LAST]

@@ -370,3 +370,19 @@ def test_a_step_that_adds_noise_asks_for_it() -> None:
     with pytest.raises(DiffusionError, match="eta 0.5 adds noise"):
         ddim_step(x, *step, eta=0.5)
     assert ddim_step(x, *step, eta=0.5, noise=noise()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (lambda x, p, a, b: ddpm_step(x, p, a, b, x), "not from time 200 to time 400: there take ddim_step"),
+        (lambda x, p, a, b: ddim_step(x, p, a, b, 1.0, x), "to less noise, not from time 200 to time 400"),
+        (lambda x, p, a, b: dpmpp_2m_step(x, p, LAST, b), "log sigma, which a clean level has not"),
+    ],
+)
+def test_a_step_that_cannot_be_taken_is_refused(step: object, sentence: str) -> None:
+    """Up again, as RePaint goes, variances would be negative, and what was returned complex."""
+    x = noise()
+    levels = SD.level(200), SD.level(400)
+    with pytest.raises(DiffusionError, match=sentence):
+        step(x, Prediction.from_eps(x, x, levels[0].alpha_bar), *levels)

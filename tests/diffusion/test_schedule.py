@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion import LAST, DiffusionError, Schedule, default_levels
+from diffusion import LAST, DiffusionError, Schedule, default_levels, karras
 from diffusion.schedule import NAMES
 
 EXACT = 1e-14  # a few roundings of float64, of numbers near 1
@@ -168,6 +168,19 @@ def test_another_table_is_read_everywhere() -> None:
     schedule, own, t = Schedule("linear", steps=50), torch.linspace(0.9, 0.1, 50).double(), torch.tensor([30, -1])
     schedule.alphas_bar = own
     assert schedule.alpha_bar(t).tolist() == [schedule.level(30).alpha_bar, 1.0] == [own[30].item(), 1.0]
+    assert torch.cumprod(1 - schedule.betas, 0).tolist() == pytest.approx(own.tolist(), rel=1e-13)      # 50 products
+    assert "betas 0.1 to 0.14" in repr(schedule)                                            # 0.9, 0.116327 and 0.1
+    with pytest.raises(AttributeError, match="betas"):
+        schedule.betas = own
+
+
+def test_after_nothing_but_noise_beta_is_one() -> None:
+    schedule = Schedule("scaled_linear", steps=4)
+    schedule.alphas_bar = [1.0, 0.5, 0.0, 0.0]
+    assert schedule.betas.tolist() == [0.0, 0.5, 1.0, 1.0]
+    schedule.alphas_bar = [1.0, 0.5, 0.2, 0.1]
+    with pytest.raises(DiffusionError, match=r"sigma.* above 0, and this schedule begins with alpha_bar = 1"):
+        karras(schedule, 2)
 
 
 def test_another_table_is_float64_and_its_end_is_what_counts() -> None:
