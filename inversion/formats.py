@@ -55,7 +55,7 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return words, metadata | said
 
 
-def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[str, str]) -> None:
+def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[str, Any]) -> None:
     """Write one tensor, (n, D) float32, under the key `word`, beside the target, and rename: never half a file.
 
     The folder is made if need be. `format: pt` is added to the metadata, which some readers insist on. Raises
@@ -63,7 +63,8 @@ def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[st
     """
     require_name(path)
     with replacing(path) as beside:
-        beside.write_bytes(save({word: vectors.detach().cpu().contiguous()}, {**metadata, "format": "pt"}))
+        said = {str(key): str(value) for key, value in metadata.items()} | {"format": "pt"}
+        beside.write_bytes(save({word: vectors.detach().cpu().contiguous()}, said))
 
 
 def require_name(path: Path) -> None:
@@ -127,9 +128,11 @@ def _vectors(value: Any, word: str, path: Path) -> Tensor:
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     if not plain or value.ndim not in (1, 2) or not value.is_floating_point():
         found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        if isinstance(value, Tensor) and not plain:
-            found += f" of {value.layout} on {value.device}"
-        raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D)")
+        if isinstance(value, Tensor):
+            found += f" of {value.dtype}" if plain else f" of {value.layout} on {value.device}"
+        raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D) of floats")
+    if value.nbytes > value.untyped_storage().nbytes():         # one number may be told as billions
+        raise InversionError(f"{path} is damaged: {word!r} is {tuple(value.shape)}, more numbers than the file holds")
     rows = (value if value.ndim == 2 else value[None]).detach()
     vectors = rows.to(torch.float32, copy=True).contiguous()    # no part of the memory map, which changes with the file
     if not vectors.numel() or not vectors.isfinite().all():

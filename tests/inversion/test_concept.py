@@ -123,6 +123,11 @@ def test_a_saved_file_has_one_key_named_by_the_word(tmp_path: Path) -> None:
         assert file.metadata() == {"init": "dog", "format": "pt"}           # transformers refuses a file without
 
 
+def test_what_is_said_of_a_word_is_written_as_text(tmp_path: Path) -> None:
+    Concept("<x>", torch.ones(1, 8), {"steps": 300, "init": None}).save(tmp_path / "x.safetensors")
+    assert Concept.load(tmp_path / "x.safetensors").metadata == {"steps": "300", "init": "None"}
+
+
 def test_vectors_that_lie_otherwise_in_memory_are_saved(tmp_path: Path) -> None:
     vectors = torch.randn(8, 2).T
     Concept("<x>", vectors).save(tmp_path / "x.safetensors")

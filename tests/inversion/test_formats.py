@@ -118,6 +118,8 @@ def test_parameters_without_names_are_refused(params: object, tmp_path: Path) ->
         (torch.zeros(3, 0), "are empty or not finite"),
         (torch.zeros(2, 4, device="meta"), r"'<a>' is a tensor \(2, 4\) of torch.strided on meta, not"),
         (torch.ones(2, 4).to_sparse(), r"'<a>' is a tensor \(2, 4\) of torch.sparse_coo on cpu, not"),
+        (torch.ones(2, 4).int(), r"'<a>' is a tensor \(2, 4\) of torch.int32, not vectors \(n, D\) of floats"),
+        (torch.ones(1, 1).expand(1 << 40, 768), r"'<a>' is \(1099511627776, 768\), more numbers than the file holds"),
     ],
 )
 def test_tensors_that_are_no_vectors_are_refused(value: torch.Tensor, said: str, tmp_path: Path) -> None:
