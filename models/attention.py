@@ -6,7 +6,10 @@ cross-attention to the context and a gated feed-forward, each with its own layer
 2022, section 3).
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import fused_linear
@@ -19,6 +22,7 @@ from models.layers import (
     GroupNorm,
     Linear,
     Pointwise,
+    as_written,
     for_each,
     fresh,
     heard,
@@ -27,17 +31,16 @@ from models.layers import (
     plus,
     plus_linear,
     tokens_of,
+    trains,
     zero,
 )  # fmt: skip
 
 PART_BYTES, PART_ROWS = 20 * 2**20, 512    # of what a feed-forward has widened; products of fewer rows are slower
 
 
+@as_written
 class Attention(nn.Module):
-    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does.
-
-    What forward returns is what the heads found; `added` is left to the caller, see TransformerBlock.
-    """
+    """Attention from x to a context, or to x itself. Queries, keys and values carry no bias, the output does."""
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -48,13 +51,21 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, kind: AttentionKind) -> Tensor:    # (B, N, C), (B, L, D)
+        return self.to_out(self.all_but_the_last(x, context, kind))
+
+    def all_but_the_last(self, x: Tensor, context: Tensor, kind: AttentionKind) -> Tensor:      # what the heads found
         q, k, v = (by_head(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return attend(q, k, v, kind=kind)
 
     def added(self, x: Tensor, found: Tensor) -> Tensor:                            # (B, N, C) both
         return plus_linear(x, self.to_out[0], found)
 
+    def ends_as_written(self) -> bool:
+        """Whether nothing was put to its last layer."""
+        return type(self.to_out) is nn.Sequential and len(self.to_out) == 1 and not heard(self.to_out)
 
+
+@as_written
 class GEGLU(nn.Module):
     """A linear layer whose second half, through GELU, gates the first (Shazeer 2020, GEGLU).
 
@@ -66,6 +77,9 @@ class GEGLU(nn.Module):
         self.proj = Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:                                         # (B, N, c_in) -> (B, N, c_out)
+        if trains(self.proj):                                                       # of any derivative, then
+            value, gate = self.proj(x).chunk(2, dim=-1)
+            return value * F.gelu(gate)
         if not plain(self.proj):
             return geglu(self.proj(x))
         if fused_linear.is_worth_it(x):
@@ -80,18 +94,27 @@ class GEGLU(nn.Module):
         return max(PART_ROWS, PART_BYTES // (self.proj.out_features * x.element_size()))
 
 
+@as_written
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, `widen`, and back, `added`. (The published names leave a gap for a dropout.)"""
+    """GEGLU to four times the width, and back. (The published names leave a gap for a dropout.)"""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
 
-    def widen(self, x: Tensor) -> Tensor:                                           # (B, N, C) -> (B, N, 4C)
+    def forward(self, x: Tensor) -> Tensor:                                         # (B, N, C)
+        return self.net(x)
+
+    def all_but_the_last(self, x: Tensor) -> Tensor:                                # (B, N, C) -> (B, N, 4C)
         return self.net[0](x)
 
     def added(self, x: Tensor, widened: Tensor) -> Tensor:                          # (B, N, C), (B, N, 4C)
         return plus_linear(x, self.net[2], widened)
+
+    def ends_as_written(self) -> bool:
+        """Whether nothing was put to its last layer, nor into the gap before it."""
+        three = type(self.net) is nn.Sequential and len(self.net) == 3 and not heard(self.net)
+        return three and type(self.net[1]) is nn.Identity and not heard(self.net[1])
 
     def goes_in_parts(self, x: Tensor, norm: nn.LayerNorm) -> bool:
         """Whether nothing is recorded on a CPU, and nobody is to see a part where there was a batch."""
@@ -106,9 +129,10 @@ class FeedForward(nn.Module):
         than the arithmetic.
         """
         for part in x.view(-1, x.shape[-1]).split(self.net[0].rows(x)):
-            part.copy_(self.added(part, self.widen(norm(part[None])))[0])
+            part.copy_(self.added(part, self.all_but_the_last(norm(part[None])))[0])
 
 
+@as_written
 class TransformerBlock(nn.Module):
     """Look around, read the text, think: three residual branches, each behind a layer norm.
 
@@ -116,8 +140,8 @@ class TransformerBlock(nn.Module):
     not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
     forward is `last` of `all_but_the_last`. (Unrecorded on a CPU, there is no last: see `add_in_parts`.)
 
-    attn1, attn2, ff: may be replaced by modules of one's own, (x, context, kind) -> (B, N, C) and x -> (B, N, C), whose
-    answer is added as it is.
+    attn1, attn2, ff: may be replaced by modules of one's own, (x, context, kind) -> (B, N, C) and x -> (B, N, C), and
+    ours may be hooked, derived or lengthened: they are called then, and their answer is added as it is.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
@@ -133,19 +157,18 @@ class TransformerBlock(nn.Module):
     def all_but_the_last(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:   # (B, N, C), (B, N, 4C)
         def look(x: Tensor) -> Tensor:
             y = self.norm1(x)
-            return self.attn1(y, y, cond.attention)
+            return ahead(self.attn1, y, y, cond.attention)
 
         def read(x: Tensor, context: Tensor) -> Tensor:
-            return self.attn2(self.norm2(x), context, cond.attention)
+            return ahead(self.attn2, self.norm2(x), context, cond.attention)
 
         def think(x: Tensor) -> Tensor:
-            return (self.ff.widen if ours else self.ff)(self.norm3(x))
+            return ahead(self.ff, self.norm3(x))
 
-        ours = isinstance(self.ff, FeedForward)
         x = added(self.attn1, x, cond.run("attention", self, look, x))
         x = for_each(x, cond.context)
         x = added(self.attn2, x, cond.run("attention", self, read, x, cond.context))
-        if ours and self.ff.goes_in_parts(x, self.norm3):
+        if is_ours(self.ff) and self.ff.goes_in_parts(x, self.norm3):
             x = x.contiguous()                          # somebody's own layer may have laid it otherwise
             self.ff.add_in_parts(x, self.norm3)
             return x, None
@@ -155,9 +178,21 @@ class TransformerBlock(nn.Module):
         return x if thought is None else added(self.ff, x, thought)
 
 
+def is_ours(layer: nn.Module) -> bool:
+    """Whether a branch is one of those here and nothing more, so that its last product may be made with the addition
+    that follows it.
+    """
+    return type(layer) in (Attention, FeedForward) and not heard(layer) and layer.ends_as_written()
+
+
+def ahead(layer: nn.Module, x: Tensor, *read: Any) -> Tensor:
+    """A branch (B, N, C), of ours all but the last product."""
+    return layer.all_but_the_last(x, *read) if is_ours(layer) else layer(x, *read)
+
+
 def added(layer: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
-    """x and what a layer made of it, (B, N, C): ours leave their last product to this."""
-    return layer.added(x, branch) if isinstance(layer, Attention | FeedForward) else x + branch
+    """x and its branch, (B, N, C): what `ahead` left is made here."""
+    return layer.added(x, branch) if is_ours(layer) else x + branch
 
 
 class ImageAttention(nn.Module):

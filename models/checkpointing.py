@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
 
@@ -68,13 +69,14 @@ def checkpoint(
 
 
 def records() -> bool:
-    """Whether a gradient may go back through what is computed now: where autograd records, and anywhere in both runs of
-    a checkpoint, of which it does not record the first, nor what lies under no_grad in the second.
+    """Whether a derivative may go through what is computed now: where autograd records, and anywhere in both runs of
+    a checkpoint, of which it does not record the first, nor what lies under no_grad in the second; and forward, with
+    the numbers, as in `torch.func.jvp`, which no_grad does not keep from it.
 
     A layer that computes otherwise where none can asks this, so that both runs give the same bits, and keep the same.
     """
     run = _now()
-    return torch.is_grad_enabled() or bool(run.kept) or run.known is not None
+    return torch.is_grad_enabled() or bool(run.kept) or run.known is not None or forward_ad._current_level >= 0
 
 
 def dear(multiplications: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
-from models.streaming import Window, require_unchanged, seen
+from models.streaming import FirstRun, Window
 
 
 class Condition(NamedTuple):
@@ -33,15 +33,16 @@ class Condition(NamedTuple):
 
         Even where there is no checkpoint, the function sees an alias of each input, which collects the gradients of its
         uses: so they are added in the same order at every level, and are the same to the bit. Raises RuntimeError in
-        the backward pass if the module has other weights by then, as after `torch.func.functional_call`.
+        the backward pass if the module has other weights by then, as after `torch.func.functional_call`, or is called
+        otherwise, by other hooks for example.
         """
         inputs = [x.view_as(x) for x in inputs]
         if level == "none" or level != self.checkpointing:
             return function(*inputs)
-        first = seen(part_of)
+        first = FirstRun(part_of)
 
         def run(*inputs: Tensor) -> Any:
-            require_unchanged(first, part_of)
+            first.require_unchanged()
             return function(*inputs)
 
         return checkpoint(run, *inputs, weights=part_of.parameters())

@@ -35,7 +35,8 @@ class LatentModel(UNetModel):
     "epsilon" or "v_prediction". resolution: side of the square images that it was trained on, in pixels.
     source: where it is from.
     names, kept: how the loaded file named its tensors, and those of them that no network uses, for `save`.
-    shares: `predict` takes one x_t for several prompts, and computes once what comes before the first is read.
+    shares: `predict` takes one x_t for several prompts, and computes once what comes before the first is read; False,
+    for hooks that are to see all in every layer, lets guidance ask for all.
     checkpointing, attention, offload, window: see `UNetModel`. released: the VAE has left for good.
 
     Raises ModelError for parts that do not fit each other.

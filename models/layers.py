@@ -6,6 +6,8 @@ the VAE, and the wrong one shows as soon as activations are small.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,17 @@ from models.condition import Condition
 from models.errors import ModelError
 from models.group_norm import frozen_group_norm
 
+AS_WRITTEN: dict[type, Callable[..., Any]] = {nn.LayerNorm: nn.LayerNorm.forward}
+CONV_FORWARD = nn.Conv2d._conv_forward
 
+
+def as_written(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of layers, whose forward is noted: put in another's place later it will be called, see `heard`."""
+    AS_WRITTEN[kind] = kind.forward
+    return kind
+
+
+@as_written
 class Conv2d(nn.Conv2d):
     """A convolution of which, with frozen weights, nothing is kept for the backward pass.
 
@@ -31,6 +43,7 @@ class Conv2d(nn.Conv2d):
         return frozen.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
+@as_written
 class Linear(nn.Linear):
     """A linear layer (…, C_in) -> (…, C_out)."""
 
@@ -40,6 +53,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@as_written
 class GroupNorm(nn.GroupNorm):
     """A group norm of which, with frozen weights, the input is kept for the backward pass. (B, C, h, w)."""
 
@@ -49,6 +63,7 @@ class GroupNorm(nn.GroupNorm):
         return frozen_group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
+@as_written
 class NormSiLU(nn.GroupNorm):
     """A group norm, perhaps scaled by 1 + scale and shifted, (B, C, 1, 1) each; then SiLU: as one operation."""
 
@@ -59,6 +74,7 @@ class NormSiLU(nn.GroupNorm):
         return frozen_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, True, scale, shift)
 
 
+@as_written
 class Pointwise(nn.Conv1d):
     """A linear layer of tokens (B, N, C_in) whose weight, (C_out, C_in, 1), is stored as that of a convolution."""
 
@@ -123,9 +139,13 @@ def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
 
 
 def heard(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward: it has hooks, or a forward of its own."""
+    """Whether a call of the module does more than its class's forward, as that is written: it has hooks, or a forward
+    of its own, or its class has another one by now.
+    """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+    forward = type(module).forward
+    patched = "forward" in vars(module) or AS_WRITTEN.get(type(module), forward) is not forward
+    return patched or any(hooks) or _has_any_global_hook()
 
 
 def plain(layer: nn.Module) -> bool:
@@ -139,7 +159,9 @@ def plain(layer: nn.Module) -> bool:
 
 
 def usual(conv: nn.Conv2d) -> bool:
-    """Whether a convolution pads with zeros, skips no pixel, and sees all channels."""
+    """Whether a convolution pads with zeros, skips no pixel, sees all channels, and is made as torch makes it."""
+    if getattr(conv._conv_forward, "__func__", None) is not CONV_FORWARD:
+        return False
     with_zeros = conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
     return with_zeros and (*conv.dilation, conv.groups) == (1, 1, 1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from models.checkpointing import checkpoint
-from models.streaming import computing_with, lent, my_turn, parameters_of, require_unchanged, seen
+from models.streaming import FirstRun, computing_with, lent, my_turn, parameters_of
 
 Offload = Literal["none", "idle", "stream"]
 
@@ -41,17 +41,17 @@ def runs_in(network: nn.Module) -> torch.dtype:
 def visit(model: Any, network: nn.Module, *inputs: Any) -> Any:
     """network(*inputs), a tuple. Weights that wait elsewhere are not kept for the backward pass, but fetched again.
 
-    Raises RuntimeError in the backward pass if its weights were changed meanwhile.
+    Raises RuntimeError in the backward pass if it was changed meanwhile.
     """
     if model.offload == "none":
         return network(*inputs)
 
-    first = seen(network)
+    first = FirstRun(network)
 
     def run(*inputs: Any) -> Any:
         with my_turn:
-            require_unchanged(first, network)
+            first.require_unchanged()
             with present(model, network):
                 return tuple(network(*inputs))
 
-    return checkpoint(run, *inputs, weights=[each.weight for each in first])
+    return checkpoint(run, *inputs, weights=[each.weight for each in first.weights])

@@ -24,7 +24,8 @@ class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the time enters in between. (B, C_in, h, w) -> (B, C_out, h, w).
 
     scale_shift: the time scales and shifts the second norm, h * (1 + scale) + shift (FiLM), instead of being added
-    before it. resample: `twice` or `half`, applied to both branches before their first convolution.
+    before it. resample: `twice` or `half`, applied to both branches before their first convolution. (The norms here
+    end in SiLU: where the published names have it, and a dropout, there is nothing, unless somebody puts it there.)
     """
 
     reads = ("emb",)
@@ -44,16 +45,17 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         def before_the_last(x: Tensor, emb: Tensor) -> Tensor:
-            h, emb = first_norm(x), self.emb_layers(emb)[:, :, None, None]                     # (b, C_out (· 2), 1, 1)
+            h, emb = first_gap(first_norm(x)), self.emb_layers(emb)[:, :, None, None]          # (b, C_out (· 2), 1, 1)
             doubles = self.resample is twice
             if not (doubles or self.scale_shift):
-                return norm(conv_plus(first_conv, self.resample(h), emb))
+                return dropout(gap(norm(conv_plus(first_conv, self.resample(h), emb))))
             h = doubled_conv(first_conv, h) if doubles else fresh(first_conv, self.resample(h))
             emb = for_each(emb, h)                                                             # (B, C_out (· 2), 1, 1)
-            return norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
+            h = norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
+            return dropout(gap(h))
 
-        first_norm, _, first_conv = self.in_layers
-        norm, _, _, conv = self.out_layers
+        first_norm, first_gap, first_conv = self.in_layers
+        norm, gap, dropout, conv = self.out_layers
         h = fresh(conv, cond.run("blocks", self, before_the_last, x, cond.emb))
         if type(self.skip_connection) is Conv2d:
             return plus_conv(h, self.skip_connection, self.resample(x))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from models.checkpointing import checkpoint
 from models.copying import Copier, CopyAtOnce, CopyBeside, extent, views
@@ -90,14 +91,14 @@ class Window:
         Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
         Raises ModelError for a layer that is trained, in the backward pass RuntimeError for one that was changed.
         """
-        reads, first = getattr(layer, "reads", ()), seen(layer)
-        if torch.is_grad_enabled() and any(each.weight.requires_grad for each in first):
+        reads, first = getattr(layer, "reads", ()), FirstRun(layer)
+        if torch.is_grad_enabled() and any(each.weight.requires_grad for each in first.weights):
             raise ModelError("the weights of a streamed network get no gradient: load it without offload to train them")
 
         def compute(x: Tensor, *read: Tensor) -> Tensor:
             inside = cond._replace(window=None, checkpointing="none", **dict(zip(reads, read)))
             with my_turn:
-                require_unchanged(first, layer)
+                first.require_unchanged()
                 with computing_with(layer, self.take(self.index[layer])):
                     return layer(x, inside)
 
@@ -156,14 +157,31 @@ def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
     return len(first) == len(now) and all(each.is_still(own) for each, own in zip(first, now))
 
 
-def require_unchanged(first: Sequence[Seen], module: nn.Module) -> None:
-    """Raise RuntimeError unless they are: a second run, for the gradient, would not be that of the first."""
-    if not unchanged(first, module):
-        raise RuntimeError(
-            "weights were changed, or had others in their place, between a forward and its backward pass, which "
-            "computes with them once more: change nothing before the gradient is there, or load the model without "
-            "checkpointing and offload"
-        )
+class FirstRun:
+    """A module as it is now, which a second run, for the gradient, has to find so: its weights and what calls it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.weights, self.calls = module, seen(module), calls(module)
+
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError unless it is: the second run would not be that of the first."""
+        changed = "" if unchanged(self.weights, self.module) else "weights were changed, or had others in their place,"
+        if not changed and calls(self.module) != self.calls:
+            changed = "hooks or layers were put in, taken out or replaced"
+        if changed:
+            raise RuntimeError(
+                f"{changed} between a forward and its backward pass, which computes once more: change nothing before "
+                "the gradient is there, or load the model without checkpointing and offload"
+            )
+
+
+def calls(module: nn.Module) -> list[Any]:
+    """What a call of a module runs: its parts, with the forward and the hooks of each."""
+    found: list[Any] = [bool(_has_any_global_hook())]
+    for part in module.modules():
+        hooks = part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks
+        found.append((part, type(part).forward, vars(part).get("forward"), *map(tuple, hooks)))
+    return found
 
 
 def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:

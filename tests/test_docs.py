@@ -169,7 +169,15 @@ def test_where_a_word_is_read(page: dict[str, Any]) -> None:
     context, y = seen[-1]
     v = layer.to_v(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2)                # (B, H, L, d)
     assert page["probabilities"].shape[-1] == context.shape[1]
-    near(page["probabilities"] @ v, y.unflatten(-1, (layer.heads, -1)).transpose(1, 2))
+    near(layer.to_out((page["probabilities"] @ v).transpose(1, 2).flatten(2)), y)
+
+
+def test_a_forward_derivative_is_that_of_differences(page: dict[str, Any]) -> None:
+    x_t, v, level, h = page["x_t"], page["v"], page["schedule"].level(500), 3e-3
+    with torch.no_grad():
+        ahead, behind = (page["apple"](x_t + sign * h * v, level).eps for sign in (1, -1))
+    found, wanted = page["along_v"], (ahead - behind) / (2 * h)
+    assert (found - wanted).norm() < 0.01 * wanted.norm()           # float32, by differences: 2e-4
 
 
 def test_learning_laid_open_has_the_loss_and_gradient_of_train(page: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
 from guidance import GuidanceError, generate
 from inversion import Concept
 from models.unet_model import Sampling
+from tests.tiny import tiny_model
 
 EXACT = 2e-5  # float32, times up to 1 / sqrt(alpha_bar) = 15 at the first level
 
@@ -375,3 +376,19 @@ def test_refused_by_the_process(options: dict, sentence: str) -> None:
     fields = {name: options.pop(name) for name in ("schedule", "prediction") if name in options}
     with pytest.raises(DiffusionError, match=sentence):
         generate(Model(**fields), **({"prompts": "0.1", "negative": "0"} | options))
+
+
+def test_halves_of_guidance_share_what_no_text_was_told_unless_they_are_not_to() -> None:
+    """Who looks for both halves in every layer, as attention that is guided by itself does, turns it off."""
+    model, rows = tiny_model(), []
+    for name, layer in model.unet.named_modules():
+        if name.endswith("attn1"):
+            layer.register_forward_hook(lambda layer, inputs, y: rows.append(len(y)))
+    shared = generate(model, ["a dog", "a cat"], steps=1, sampler="ddim", generator=0)
+    assert rows[0] == 2
+    assert set(rows[1:]) == {4}
+    model.shares = False
+    rows.clear()
+    drawn = generate(model, ["a dog", "a cat"], steps=1, sampler="ddim", generator=0)
+    assert set(rows) == {4}
+    torch.testing.assert_close(drawn, shared, rtol=0, atol=1e-4)            # float32: products of other sizes

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks._saved_bytes import SavedBytes
-from models import ModelError
+from models import ModelError, TextFeatures
 from models.checkpointing import ANOTHER_WAY, DEAR, checkpoint, dear, records
+from models.layers import Linear
 from tests.tiny import tiny_model
 
 
@@ -326,6 +328,63 @@ def test_weights_that_are_others_by_the_backward_pass_are_an_error(level: str) -
     with pytest.raises(RuntimeError, match="weights were changed"):
         y.sum().backward()
     unet(*given, checkpointing=level).sum().backward()
+
+
+def with_a_hook(layer: nn.Module) -> Callable[[], object]:
+    return layer.register_forward_hook(lambda layer, inputs, y: 0.3 * y).remove
+
+
+def with_another_forward(layer: nn.Module) -> Callable[[], object]:
+    forward = layer.forward
+    layer.forward = lambda *inputs: 0.3 * forward(*inputs)
+    return lambda: delattr(layer, "forward")
+
+
+def of_another_class(layer: nn.Module) -> Callable[[], object]:
+    forward = Linear.forward
+    Linear.forward = lambda self, x: 0.3 * forward(self, x)
+    return lambda: setattr(Linear, "forward", forward)
+
+
+def with_a_hook_of_all(layer: nn.Module) -> Callable[[], object]:
+    return register_module_forward_hook(lambda each, inputs, y: 0.3 * y if each is layer else None).remove
+
+
+@pytest.mark.parametrize("level", ["attention", "blocks"])
+@pytest.mark.parametrize("change", [with_a_hook, with_another_forward, of_another_class, with_a_hook_of_all])
+def test_what_is_undone_before_the_backward_pass_is_an_error(level: str, change: Callable[..., Any]) -> None:
+    """The second run would be another, and its gradient wrong. With a block around both passes it is right."""
+    model, x, t = tiny_model(), numbers(1, 4, 8, 8), torch.tensor([500])
+    layer = model.unet.middle_block[1].transformer_blocks[0].attn2.to_v
+    context = numbers(1, 24, 32, seed=1).requires_grad_()
+
+    def gradient(level: str, early: bool) -> Tensor:
+        model.checkpointing, undo = level, change(layer)
+        try:
+            y = model.predict(x, t, TextFeatures(context)).square().sum()
+            if early:
+                undo()
+            return torch.autograd.grad(y, context)[0]
+        finally:
+            if not early:
+                undo()
+
+    assert torch.equal(gradient(level, early=False), gradient("none", early=False))
+    assert torch.equal(gradient("none", early=True), gradient("none", early=False))
+    with pytest.raises(RuntimeError, match="hooks or layers were put in, taken out or replaced between"):
+        gradient(level, early=True)
+
+
+@pytest.mark.parametrize("level", ["attention", "blocks"])
+def test_a_layer_that_is_replaced_before_the_backward_pass_is_an_error(level: str) -> None:
+    """One of the same class and weights, too."""
+    unet, x, context = tiny_model().unet, torch.ones(1, 4, 8, 8, requires_grad=True), torch.ones(1, 24, 32)
+    feed_forward = unet.middle_block[1].transformer_blocks[0].ff
+    feed_forward.net[1] = nn.Dropout(0.0)
+    y = unet(x, torch.tensor([500]), context, checkpointing=level)
+    feed_forward.net[1] = nn.Dropout(0.5)
+    with pytest.raises(RuntimeError, match="hooks or layers were put in, taken out or replaced between"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("level", ["none", "attention", "blocks"])

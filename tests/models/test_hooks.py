@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import bands, fused_linear
-from models.attention import TransformerBlock
+from models.attention import GEGLU, Attention, FeedForward, TransformerBlock
 from models.condition import Condition
 from models.layers import Conv2d, Linear, Pointwise, plus_conv
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
@@ -185,3 +185,135 @@ def test_a_block_s_branches_may_be_one_s_own(name: str, recorded: bool) -> None:
         out = block(tokens, Condition(None, torch.randn(2, 5, 16), "attention" if recorded else "none", "auto", None))
     after = outputs.get("after", out)
     torch.testing.assert_close(after, outputs["x"] + 0.1 * outputs["y"], rtol=0, atol=1e-6)     # float32, of order 1
+
+
+@pytest.mark.parametrize("kind", [Conv2d, Linear, Pointwise])
+def test_a_class_with_another_forward_is_called_wherever_it_is(
+    network: nn.Module, kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of all layers of a kind with weights that are half as large, recorded or not."""
+    layers = [layer for layer in network.modules() if isinstance(layer, kind)]
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    with torch.no_grad():
+        for layer in layers:
+            for weight in layer.parameters():
+                weight *= 0.5
+    wanted = answer(network, 2, recorded=True)
+    network.load_state_dict(before)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *inputs: 0.5 * forward(self, *inputs))
+    # rounded differently, see above: up to 3e-6 and 0.033 of the norm (Conv2d of the latent model)
+    near = (1e-5 if wanted.dtype == torch.float32 else 0.06) * wanted.norm().item()
+    for recorded in (False, True):
+        assert (answer(network, 2, recorded) - wanted).norm().item() < near
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kind", [TransformerBlock, Attention, FeedForward, GEGLU])
+def test_a_part_s_class_with_another_forward_is_called(
+    kind: type[nn.Module], recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers what one of the same forward in each instance answers."""
+    unet, calls = tiny_model().unet, []
+    parts = [part for part in unet.modules() if type(part) is kind]
+
+    def forward(self: nn.Module, x: Tensor, *more: object) -> Tensor:
+        calls.append(self)
+        return 0.5 * torch.tanh(x[..., :128] if kind is not GEGLU else torch.cat([x] * 4, dim=-1))
+
+    for part in parts:
+        part.forward = forward.__get__(part)
+    wanted = answer(unet, 1, recorded)
+    assert calls == parts
+    for part in parts:
+        del part.forward
+    monkeypatch.setattr(kind, "forward", forward)
+    assert torch.equal(answer(unet, 1, recorded), wanted)
+    assert calls == 2 * parts
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def derived_feed_forward(block: TransformerBlock) -> None:
+    block.ff.__class__ = type("Own", (FeedForward,), {"forward": lambda self, x: 2 * FeedForward.forward(self, x)})
+
+
+def derived_attention(block: TransformerBlock) -> None:
+    own = {"forward": lambda self, *read: 2 * Attention.forward(self, *read)}
+    block.attn2.__class__ = type("Own", (Attention,), own)
+
+
+LENGTHENED = {     # what is done to a block, and the layer of which it doubles the weights
+    "a feed-forward of one's own class": (derived_feed_forward, "ff.net.2"),
+    "an attention of one's own class": (derived_attention, "attn2.to_out.0"),
+    "a feed-forward's hook": (lambda block: hooked(block.ff), "ff.net.2"),
+    "an attention's hook": (lambda block: hooked(block.attn1), "attn1.to_out.0"),
+    "a hook of to_out": (lambda block: hooked(block.attn1.to_out), "attn1.to_out.0"),
+    "a hook of net": (lambda block: hooked(block.ff.net), "ff.net.2"),
+    "a layer after to_out": (lambda block: block.attn2.to_out.append(Twice()), "attn2.to_out.0"),
+    "a layer after net": (lambda block: block.ff.net.append(Twice()), "ff.net.2"),
+    "to_out of one's own": (lambda block: setattr(block.attn2, "to_out", nn.Sequential(block.attn2.to_out, Twice())),
+                            "attn2.to_out.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("what", LENGTHENED)
+def test_what_is_put_to_a_branch_is_not_passed_by(what: str, recorded: bool) -> None:
+    (change, doubled), (one, other) = LENGTHENED[what], (tiny_model().unet for _ in range(2))
+    for path in ("input_blocks.1.1", "output_blocks.3.1"):
+        block = f"{path}.transformer_blocks.0"
+        change(one.get_submodule(block))
+        with torch.no_grad():
+            for weight in other.get_submodule(f"{block}.{doubled}").parameters():
+                weight *= 2
+    # twice is exact; the addition with the product or after it is rounded otherwise, 2^-24 each
+    torch.testing.assert_close(answer(one, 2, recorded), answer(other, 2, recorded), rtol=1e-5, atol=1e-5)
+
+
+GAPS = [(name, "input_blocks.1.0", gap) for name in ("latent", "glide")
+        for gap in ("in_layers.1", "out_layers.1", "out_layers.2")]
+GAPS += [("latent", "input_blocks.1.1.transformer_blocks.0", "ff.net.1")]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("fill", [lambda gap: Twice(), hooked], ids=["filled", "hooked"])
+@pytest.mark.parametrize(("name", "path", "gap"), GAPS)
+def test_the_gaps_that_the_published_names_leave_may_be_filled(
+    name: str, path: str, gap: str, fill: Callable[[nn.Module], nn.Module], recorded: bool
+) -> None:
+    """By a dropout, for example; here by what doubles, as the kernel after it does that is twice as large."""
+    (one, other), (row, i) = (NETWORKS[name]() for _ in range(2)), f"{path}.{gap}".rsplit(".", 1)
+    gaps = one.get_submodule(row)
+    gaps[int(i)] = fill(gaps[int(i)])
+    with torch.no_grad():
+        other.get_submodule(row)[-1].weight *= 2
+    torch.testing.assert_close(answer(one, 2, recorded), answer(other, 2, recorded), rtol=1e-5, atol=1e-5)  # as above
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("whose", ["each", "the class"])
+def test_convolutions_that_are_made_otherwise_are(whose: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual way to seamless pictures: a map of one's own padding, in place of torch's `_conv_forward`."""
+    one, other = (tiny_model().unet.requires_grad_(not frozen) for _ in range(2))
+
+    def circular(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        edge = self.padding[0]
+        x = nn.functional.pad(x, (edge,) * 4, mode="circular") if edge else x
+        return nn.functional.conv2d(x, weight, bias, self.stride)
+
+    for conv in (layer for layer in other.modules() if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0)):
+        conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    wanted = answer(other, 2, recorded=False)
+    assert (wanted - answer(one, 2, recorded=False)).abs().max() > 0.01
+    if whose == "the class":
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", circular)
+    else:
+        for conv in (layer for layer in one.modules() if isinstance(layer, nn.Conv2d)):
+            conv._conv_forward = circular.__get__(conv)
+    for recorded in (False, True):
+        # float32, by the same convolutions: 1x1 ones in another order
+        torch.testing.assert_close(answer(one, 2, recorded), wanted, rtol=1e-5, atol=1e-5)
