@@ -70,13 +70,18 @@ def checkpoint(
 
 def records() -> bool:
     """Whether a derivative may go through what is computed now: where autograd records, and anywhere in both runs of
-    a checkpoint, of which it does not record the first, nor what lies under no_grad in the second; and forward, with
-    the numbers, as in `torch.func.jvp`, which no_grad does not keep from it.
+    a checkpoint, of which it does not record the first, nor what lies under no_grad in the second; and where one goes
+    forward.
 
     A layer that computes otherwise where none can asks this, so that both runs give the same bits, and keep the same.
     """
     run = _now()
-    return torch.is_grad_enabled() or bool(run.kept) or run.known is not None or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or bool(run.kept) or run.known is not None or goes_forward()
+
+
+def goes_forward() -> bool:
+    """Whether derivatives go forward with the numbers, as in `torch.func.jvp`; no_grad does not keep them from it."""
+    return forward_ad._current_level >= 0
 
 
 def dear(multiplications: int, compute: Callable[[], Tensor]) -> Tensor:

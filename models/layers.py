@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from models import bands, doubled, frozen, fused_linear, products
-from models.checkpointing import records
+from models.checkpointing import goes_forward, records
 from models.condition import Condition
 from models.errors import ModelError
 from models.group_norm import frozen_group_norm
@@ -59,7 +59,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if trains(self):
-            return super().forward(x)
+            return super().forward(for_torch(x))
         return frozen_group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
@@ -69,7 +69,7 @@ class NormSiLU(nn.GroupNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         if trains(self):
-            y = super().forward(x)
+            y = super().forward(for_torch(x))
             return F.silu(y if scale is None else y * (1 + scale) + shift)
         return frozen_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, True, scale, shift)
 
@@ -80,6 +80,11 @@ class Pointwise(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.squeeze(2), self.bias)
+
+
+def for_torch(x: Tensor) -> Tensor:
+    """A map as torch's group norm can read it: its forward derivative, before 2.14, only of contiguous ones."""
+    return x.contiguous() if goes_forward() else x
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
