@@ -27,7 +27,8 @@ from inversion.errors import InversionError
 from models.replacing import replacing
 
 NAMELESS = ("emb_params", "clip_l")     # keys that are no word
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+REPEATED = 2**24        # bytes that may be told by fewer in a file, as several equal vectors are
 
 
 def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -69,7 +70,7 @@ def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[st
 
 def require_name(path: Path) -> None:
     """Raise InversionError for a file that would be called as pickles are, which other tools then take it for."""
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise InversionError(
             f"{path} is named as a pickle, and learned words are written as safetensors: call it "
             f"{path.with_suffix('.safetensors').name}"
@@ -131,7 +132,7 @@ def _vectors(value: Any, word: str, path: Path) -> Tensor:
         if isinstance(value, Tensor):
             found += f" of {value.dtype}" if plain else f" of {value.layout} on {value.device}"
         raise InversionError(f"{path} is no embedding file: {word!r} is {found}, not vectors (n, D) of floats")
-    if value.nbytes > value.untyped_storage().nbytes():         # one number may be told as billions
+    if value.nbytes > max(REPEATED, value.untyped_storage().nbytes()):      # one number may be told as billions
         raise InversionError(f"{path} is damaged: {word!r} is {tuple(value.shape)}, more numbers than the file holds")
     rows = (value if value.ndim == 2 else value[None]).detach()
     vectors = rows.to(torch.float32, copy=True).contiguous()    # no part of the memory map, which changes with the file

@@ -138,7 +138,7 @@ class TransformerBlock(nn.Module):
 
     The linear layer that ends a branch stands outside of its checkpoint: frozen, it keeps nothing anyway, and so it is
     not computed a second time. For the checkpoint of a whole transformer the last of them is a method of its own:
-    forward is `last` of `all_but_the_last`. (Unrecorded on a CPU, there is no last: see `add_in_parts`.)
+    forward is `last` of `all_but_the_last`. (Unrecorded on a CPU, or with an `ff` of one's own, there is none.)
 
     attn1, attn2, ff: may be replaced by modules of one's own, (x, context, kind) -> (B, N, C) and x -> (B, N, C), and
     ours may be hooked, derived or lengthened: they are called then, and their answer is added as it is.
@@ -155,6 +155,15 @@ class TransformerBlock(nn.Module):
         return self.last(*self.all_but_the_last(x, cond))
 
     def all_but_the_last(self, x: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:   # (B, N, C), (B, N, 4C)
+        # asked once: a hook may take itself out, or put another in, on the way
+        ours = {layer: is_ours(layer) for layer in (self.attn1, self.attn2, self.ff)}
+
+        def ahead(layer: nn.Module, *inputs: Any) -> Tensor:
+            return layer.all_but_the_last(*inputs) if ours[layer] else layer(*inputs)
+
+        def added(layer: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+            return layer.added(x, branch) if ours[layer] else x + branch
+
         def look(x: Tensor) -> Tensor:
             y = self.norm1(x)
             return ahead(self.attn1, y, y, cond.attention)
@@ -168,14 +177,15 @@ class TransformerBlock(nn.Module):
         x = added(self.attn1, x, cond.run("attention", self, look, x))
         x = for_each(x, cond.context)
         x = added(self.attn2, x, cond.run("attention", self, read, x, cond.context))
-        if is_ours(self.ff) and self.ff.goes_in_parts(x, self.norm3):
+        if ours[self.ff] and self.ff.goes_in_parts(x, self.norm3):
             x = x.contiguous()                          # somebody's own layer may have laid it otherwise
             self.ff.add_in_parts(x, self.norm3)
             return x, None
-        return x, cond.run("attention", self, think, x)
+        thought = cond.run("attention", self, think, x)
+        return (x, thought) if ours[self.ff] else (x + thought, None)
 
     def last(self, x: Tensor, thought: Tensor | None) -> Tensor:
-        return x if thought is None else added(self.ff, x, thought)
+        return x if thought is None else self.ff.added(x, thought)
 
 
 def is_ours(layer: nn.Module) -> bool:
@@ -183,16 +193,6 @@ def is_ours(layer: nn.Module) -> bool:
     that follows it.
     """
     return type(layer) in (Attention, FeedForward) and not heard(layer) and layer.ends_as_written()
-
-
-def ahead(layer: nn.Module, x: Tensor, *read: Any) -> Tensor:
-    """A branch (B, N, C), of ours all but the last product."""
-    return layer.all_but_the_last(x, *read) if is_ours(layer) else layer(x, *read)
-
-
-def added(layer: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
-    """x and its branch, (B, N, C): what `ahead` left is made here."""
-    return layer.added(x, branch) if is_ours(layer) else x + branch
 
 
 class ImageAttention(nn.Module):

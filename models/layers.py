@@ -21,7 +21,7 @@ from models.errors import ModelError
 from models.group_norm import frozen_group_norm
 
 AS_WRITTEN: dict[type, Callable[..., Any]] = {nn.LayerNorm: nn.LayerNorm.forward}
-CONV_FORWARD = nn.Conv2d._conv_forward
+TORCH_CONV = nn.modules.conv.__file__       # what was patched before this was imported is none of torch's, either
 
 
 def as_written(kind: type[nn.Module]) -> type[nn.Module]:
@@ -148,7 +148,7 @@ def heard(module: nn.Module) -> bool:
     of its own, or its class has another one by now.
     """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)
     patched = "forward" in vars(module) or AS_WRITTEN.get(type(module), forward) is not forward
     return patched or any(hooks) or _has_any_global_hook()
 
@@ -165,7 +165,7 @@ def plain(layer: nn.Module) -> bool:
 
 def usual(conv: nn.Conv2d) -> bool:
     """Whether a convolution pads with zeros, skips no pixel, sees all channels, and is made as torch makes it."""
-    if getattr(conv._conv_forward, "__func__", None) is not CONV_FORWARD:
+    if getattr(getattr(conv._conv_forward, "__code__", None), "co_filename", None) != TORCH_CONV:
         return False
     with_zeros = conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
     return with_zeros and (*conv.dilation, conv.groups) == (1, 1, 1)

@@ -167,7 +167,7 @@ class FirstRun:
         """Raise RuntimeError unless it is: the second run would not be that of the first."""
         changed = "" if unchanged(self.weights, self.module) else "weights were changed, or had others in their place,"
         if not changed and calls(self.module) != self.calls:
-            changed = "hooks or layers were put in, taken out or replaced"
+            changed = "hooks or layers were put in, taken out or replaced, or train and eval changed,"
         if changed:
             raise RuntimeError(
                 f"{changed} between a forward and its backward pass, which computes once more: change nothing before "
@@ -176,11 +176,12 @@ class FirstRun:
 
 
 def calls(module: nn.Module) -> list[Any]:
-    """What a call of a module runs: its parts, with the forward and the hooks of each."""
+    """What a call of a module runs: its parts, with the forward and the hooks of each, and whether it is training."""
     found: list[Any] = [bool(_has_any_global_hook())]
     for part in module.modules():
         hooks = part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks
-        found.append((part, type(part).forward, vars(part).get("forward"), *map(tuple, hooks)))
+        own = [vars(part).get(name) for name in ("forward", "_conv_forward", "padding_mode", "training")]
+        found.append((part, getattr(type(part), "forward", None), *own, *map(tuple, hooks)))    # TorchScript's has none
     return found
 
 

@@ -134,7 +134,7 @@ def test_vectors_that_lie_otherwise_in_memory_are_saved(tmp_path: Path) -> None:
     assert torch.equal(Concept.load(tmp_path / "x.safetensors").vectors, vectors)
 
 
-@pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.bin", "x.ckpt"])
+@pytest.mark.parametrize("name", ["x.pt", "x.PT", "x.pth", "x.bin", "x.ckpt", "x.pkl"])
 def test_a_word_is_not_written_under_the_name_of_a_pickle(tmp_path: Path, name: str) -> None:
     """Other tools unpickle what is called so, and say only that it is damaged."""
     with pytest.raises(InversionError, match=r"is named as a pickle.* call it x\.safetensors"):

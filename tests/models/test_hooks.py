@@ -317,3 +317,19 @@ def test_convolutions_that_are_made_otherwise_are(whose: str, frozen: bool, monk
     for recorded in (False, True):
         # float32, by the same convolutions: 1x1 ones in another order
         torch.testing.assert_close(answer(one, 2, recorded), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", ["attn1", "attn2", "attn1.to_out", "ff", "ff.net", "ff.net.1"])
+def test_a_hook_may_take_itself_out_or_put_one_in(name: str, recorded: bool) -> None:
+    """Whoever asked twice made the last product of a branch twice, or never."""
+    unet = tiny_model().unet
+    wanted = answer(unet, 2, recorded)
+    layer = unet.get_submodule(f"input_blocks.1.1.transformer_blocks.0.{name}")
+    handle = layer.register_forward_hook(lambda *_: handle.remove())
+    torch.testing.assert_close(answer(unet, 2, recorded), wanted, rtol=1e-5, atol=1e-5)     # float32, see above
+    handles = []
+    inner = next(part for part in layer.modules() if not list(part.children()))
+    inner.register_forward_hook(lambda *_: handles.append(layer.register_forward_hook(lambda *_: None)))
+    torch.testing.assert_close(answer(unet, 2, recorded), wanted, rtol=1e-5, atol=1e-5)
+    assert handles
