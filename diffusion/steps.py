@@ -33,8 +33,7 @@ def ddpm_step(
     x_t, noise: (B, C, H, W). variance: `small` (the posterior's), `large` (beta), or `learned`, between
     them on a log scale. floor: the low end of a learned variance where `lower` is clean and the posterior
     has none; nothing random is added there, but a guide still moves the mean. Returns (B, C, H, W). Raises
-    DiffusionError for another variance, or a learned one that the prediction does not carry, and
-    for a noisier `lower`.
+    DiffusionError for another variance, or a learned one that the prediction does not carry, and for a noisier `lower`.
     """
     _require_lower(level, lower)
     mean = posterior_mean(prediction.x0, x_t, level.alpha_bar, lower.alpha_bar)
