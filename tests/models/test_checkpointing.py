@@ -394,6 +394,16 @@ def test_a_layer_that_is_replaced_before_the_backward_pass_is_an_error(level: st
         y.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["padding_mode", "_conv_forward"])
+def test_a_convolution_that_is_made_otherwise_in_between_is_an_error(name: str) -> None:
+    unet, x, context = tiny_model().unet, torch.ones(1, 4, 8, 8, requires_grad=True), torch.ones(1, 24, 32)
+    conv, whole = unet.middle_block[0].in_layers[2], nn.Conv2d._conv_forward
+    y = unet(x, torch.tensor([500]), context, checkpointing="blocks")
+    setattr(conv, name, "circular" if name == "padding_mode" else lambda *inputs: 2 * whole(conv, *inputs))
+    with pytest.raises(RuntimeError, match="hooks or layers were put in, taken out or replaced"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("level", ["attention", "blocks"])
 def test_a_part_of_torchscript_is_as_good_as_another(level: str) -> None:
     unet, given = tiny_model().unet, (torch.tensor([500]), torch.ones(1, 24, 32))
