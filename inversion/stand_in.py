@@ -20,9 +20,9 @@ from inversion.memory import LiveMemory, cpu_workspace, cuda_workspace
 from models import Setting
 from models import sliced_attention as slices
 from models.copying import PLACES, CopyAtOnce
+from models.lending import parameters_of
 from models.mapped import Mapped
 from models.setting import place
-from models.streaming import parameters_of
 from models.weights import choose_dtype, on_meta
 
 CPU, META = torch.device("cpu"), torch.device("meta")

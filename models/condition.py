@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing, checkpoint
-from models.streaming import FirstRun, Window
+from models.first_run import FirstRun
+from models.streaming import Window
 
 
 class Condition(NamedTuple):

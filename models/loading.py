@@ -29,10 +29,10 @@ from models.heap import expect_large_blocks
 from models.hub import download, is_id
 from models.kinds import CLASSIFIER, GLIDE, GUIDED_DIFFUSION, kind_of
 from models.latent import LatentModel
+from models.lending import my_turn
 from models.offload import Offload
 from models.setting import Setting, place
 from models.single_file import SUFFIXES, read_single_file, write_single_file
-from models.streaming import my_turn
 from models.text import ClipText
 from models.unet import UNet
 from models.vae import VAE

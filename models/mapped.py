@@ -7,6 +7,7 @@ runs short; here they go before it does.
 
 import bisect
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ class Mapped:
         except RuntimeError:                                                                 # gone, or cut short
             return self.weight
         return torch.empty(0, dtype=self.weight.dtype).set_(storage, self.at, self.weight.shape, self.weight.stride())
+
+
+def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[list[Mapped]]:
+    """Weights that wait for a device; if that is their own, they are read in maps that go again."""
+    maps = file_maps() if device.type == "cpu" else []
+    return [[Mapped(weight, maps) for weight in weights] for weights in groups]
 
 
 def _tells(weight: Tensor) -> bool:

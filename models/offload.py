@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from models.checkpointing import checkpoint
-from models.streaming import FirstRun, computing_with, lent, my_turn, parameters_of
+from models.first_run import FirstRun
+from models.lending import computing_with, lent, my_turn, parameters_of
 
 Offload = Literal["none", "idle", "stream"]
 

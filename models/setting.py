@@ -15,9 +15,10 @@ from models.checkpointing import Checkpointing
 from models.copying import Copier
 from models.errors import ModelError
 from models.layout import converted
+from models.lending import parameters_of
 from models.mapped import Mapped, file_maps
 from models.offload import Offload, runs_in
-from models.streaming import Window, parameters_of
+from models.streaming import Window
 from models.weights import choose_dtype
 
 

@@ -12,44 +12,18 @@ On a CPU weights are in reach already. What is converted goes into a place from 
 place will do, since nothing is fetched ahead; what is not converted is read in such a map, and there is no place.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from models.checkpointing import checkpoint
 from models.copying import Copier, CopyAtOnce, CopyBeside, extent, views
 from models.errors import ModelError
-from models.layout import converted
-from models.mapped import Mapped, Seen, file_maps
-
-my_turn = threading.RLock()     # of several threads one at a time has weights in a module's, or a window's, places
-
-
-@contextmanager
-def computing_with(module: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block the module has these tensors in place of its parameters, in the order of `parameters_of`.
-
-    To be used within `my_turn`, taken before the parameters are looked at.
-    """
-    slots = [(part, name) for part in module.modules() for name, p in part._parameters.items() if p is not None]
-    own = [part._parameters[name] for part, name in slots]
-    try:
-        for (part, name), weight in zip(slots, weights):
-            part._parameters[name] = weight
-        yield
-    finally:
-        for (part, name), parameter in zip(slots, own):
-            part._parameters[name] = parameter
-
-
-def parameters_of(module: nn.Module) -> list[Tensor]:
-    """Every parameter of a module and its parts."""
-    return [p for part in module.modules() for p in part._parameters.values() if p is not None]
+from models.first_run import FirstRun, seen, unchanged
+from models.lending import computing_with, my_turn, parameters_of
+from models.mapped import Mapped, Seen, mapped
 
 
 class Window:
@@ -143,62 +117,3 @@ class Window:
         """Layer i's weights; one that came later lies in no file that is known."""
         known = {id(each.weight): each for each in self.mapped[i]}
         return [known.get(id(own)) or Mapped(own, []) for own in parameters_of(self.layers[i])]
-
-
-def seen(module: nn.Module) -> list[Seen]:
-    """The weights of a module as they are now."""
-    with my_turn:
-        return [Seen(own) for own in parameters_of(module)]
-
-
-def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
-    """Whether a module's weights are those that were seen."""
-    now = parameters_of(module)
-    return len(first) == len(now) and all(each.is_still(own) for each, own in zip(first, now))
-
-
-class FirstRun:
-    """A module as it is now, which a second run, for the gradient, has to find so: its weights and what calls it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.weights, self.calls = module, seen(module), calls(module)
-
-    def require_unchanged(self) -> None:
-        """Raise RuntimeError unless it is: the second run would not be that of the first."""
-        changed = "" if unchanged(self.weights, self.module) else "weights were changed, or had others in their place,"
-        if not changed and calls(self.module) != self.calls:
-            changed = "hooks or layers were put in, taken out or replaced, or train and eval changed,"
-        if changed:
-            raise RuntimeError(
-                f"{changed} between a forward and its backward pass, which computes once more: change nothing before "
-                "the gradient is there, or load the model without checkpointing and offload"
-            )
-
-
-def calls(module: nn.Module) -> list[Any]:
-    """What a call of a module runs: its parts, with the forward and the hooks of each, and whether it is training."""
-    found: list[Any] = [bool(_has_any_global_hook())]
-    for part in module.modules():
-        hooks = part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks
-        own = [vars(part).get(name) for name in ("forward", "_conv_forward", "padding_mode", "training")]
-        found.append((part, getattr(type(part), "forward", None), *own, *map(tuple, hooks)))    # TorchScript's has none
-    return found
-
-
-def lent(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Weights as a network computes with them for once: copies, or other maps of them.
-
-    If one is trained, they are copies that autograd knows of.
-    """
-    if any(weight.requires_grad for weight in weights):
-        return [weight.to(device, dtype) for weight in weights]
-    (read,) = mapped([weights], device)
-    if device.type == "cpu":
-        return [converted(weight.anew(), device, dtype) for weight in read]
-    return [weight.anew().to(device, dtype, copy=True) for weight in read]     # in a plan they seem to be there already
-
-
-def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[list[Mapped]]:
-    """Weights that wait for a device; if that is their own, they are read in maps that go again."""
-    maps = file_maps() if device.type == "cpu" else []
-    return [[Mapped(weight, maps) for weight in weights] for weights in groups]

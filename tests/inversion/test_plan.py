@@ -23,10 +23,10 @@ from inversion.stand_in import as_on, fake_device
 from models import ModelError, Setting
 from models.attend import attend
 from models.copying import CopyAtOnce
+from models.lending import lent, parameters_of
 from models.loading import EMBEDDED
 from models.mapped import Mapped
 from models.setting import place
-from models.streaming import lent, parameters_of
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 CPU, GIB, SIMPLE = torch.device("cpu"), 2**30, Setting(torch.float32)

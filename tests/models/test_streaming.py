@@ -17,9 +17,11 @@ from torch import Tensor
 import models
 from models import ModelError, streaming
 from models.copying import PLACES, CopyAtOnce, CopyBeside, extent
+from models.first_run import seen, unchanged
+from models.lending import computing_with, parameters_of
 from models.mapped import Mapped
 from models.setting import Setting, place
-from models.streaming import Window, computing_with, parameters_of
+from models.streaming import Window
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 CPU = torch.device("cpu")
@@ -347,10 +349,10 @@ def test_a_layer_that_lies_in_its_place_may_get_more_weights_than_fit(
     copier = CopyBeside(extent(layer.parameters()), torch.float64, CPU) if beside else CopyAtOnce()
     window = Window([layer], CPU, torch.float64, copier)
     for more in (torch.nn.Linear(4, 2), torch.nn.Linear(2, 500)):
-        first = streaming.seen(layer)
+        first = seen(layer)
         window.take(0)
         layer.append(more.requires_grad_(False))
-        assert not streaming.unchanged(first, layer)
+        assert not unchanged(first, layer)
         assert [w.tolist() for w in window.take(0)] == [p.tolist() for p in layer.parameters()]
 
 
