@@ -7,16 +7,18 @@ from typing import Literal
 
 from inversion.errors import InversionError
 
+MOST = 2**14        # samples a step, whose times, noise and prompts are drawn together
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The numbers of one training.
 
     batch_size: samples through the network at once. accumulation: batches a step; the mean gradient of all of
-    them is used, as of one batch of batch_size * accumulation. learning_rate: as it is used, never multiplied
-    by anything. schedule: of the learning rate, after `warmup` steps, no more than all, in which it rises linearly.
-    clip_norm: the gradient's largest norm. validate_every, checkpoint_every: in steps. validation_pairs: (time, noise)
-    pairs an image. patience: stop after so many validations without progress; None never stops early.
+    them is used, as of one batch of batch_size * accumulation, at most MOST. learning_rate: as it is used, never
+    multiplied by anything. schedule: of the learning rate, after `warmup` steps, no more than all, in which it rises
+    linearly. clip_norm: the gradient's largest norm. validate_every, checkpoint_every: in steps. validation_pairs:
+    (time, noise) pairs an image. patience: stop after so many validations without progress; None never stops early.
     """
 
     steps: int = 3000
@@ -42,6 +44,10 @@ class TrainConfig:
             object.__setattr__(self, name, int(number))         # one of NumPy's is written to no file
             if number < minimum:
                 raise InversionError(f"{name} must be at least {minimum}, not {number}")
+        if self.batch_size * self.accumulation > MOST:
+            raise InversionError(
+                f"a step of {self.accumulation} batches of {self.batch_size} is more than {MOST} samples: take fewer"
+            )
         if self.warmup > self.steps:
             raise InversionError(
                 f"a warm-up of {self.warmup} steps is longer than the training, {self.steps}: the learning rate would "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusion import Schedule
 from inversion.choice import Planned, settings_for
+from inversion.config import MOST
 from inversion.errors import InversionError
 from inversion.memory import LiveMemory
 from inversion.objective import Batch, loss_and_gradient
@@ -43,7 +44,7 @@ def plan(
 
     Raises ModelError for a source that nothing is known of, a model that reads no text, a resolution that the model
     cannot halve, a device other than a CPU or CUDA's, and float16 on a CPU; InversionError for a batch of none and for
-    images of more than `LARGEST` a side.
+    images of more than `LARGEST` a side, and batches of more than `MOST`.
     """
     return list(one_by_one(model, resolution, batch_size, device, settings))
 
@@ -97,6 +98,8 @@ def _asked(
             raise InversionError(f"{name} must be a whole number, not {number!r}")
     if batch_size < 1:
         raise InversionError(f"batch_size must be at least 1, not {batch_size}")
+    if batch_size > MOST:
+        raise InversionError(f"plans are made for batches of up to {MOST}, not of {batch_size}")
     if side > LARGEST:
         raise InversionError(f"plans are made for images of up to {LARGEST} pixels a side, not of {side}")
     shell.x0_shape(side, side)

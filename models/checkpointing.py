@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import parametrize
 
 from models.once import once_differentiable
 
@@ -55,15 +56,21 @@ def checkpoint(
     function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value. It
     may not change them in place: RuntimeError.
     weights: what else it reads that may need a gradient: the parameters of its module. Anything more that asks for one,
-    as what a hook brings along, would get none: RuntimeError in the backward pass.
+    as what a hook brings along, would get none: RuntimeError in the backward pass. So would what weights are
+    made of within torch's `parametrize.cached`, which hands on those of the first, unrecorded run: RuntimeError.
     turn: a lock that is held from the second run until the gradients are there.
     Gradients are those of function(*inputs), bit for bit where its operations repeat themselves; there is no second
     derivative. Checkpoints nest. Where nothing needs a gradient, the function is called and nothing is kept.
     """
-    trained = [weight for weight in weights if weight.requires_grad]
+    trained = list(dict.fromkeys(weight for weight in weights if weight.requires_grad))     # some layers share theirs
     needed = trained or any(x is not None and x.requires_grad for x in inputs)
     if not (needed and torch.is_grad_enabled()):
         return function(*inputs)
+    if trained and parametrize._cache_enabled:
+        raise RuntimeError(
+            "within torch.nn.utils.parametrize.cached() what a checkpoint trains would get no gradient: leave that "
+            'out, or run the network with checkpointing "none" and no offload'
+        )
     inputs = [x.clone() if x is not None and x.is_inference() else x for x in inputs]       # which cannot be kept
     return _Checkpoint.apply(function, turn, len(inputs), *inputs, *trained)
 

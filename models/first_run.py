@@ -27,21 +27,31 @@ def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
 
 
 class FirstRun:
-    """A module as it is now, which a second run, for the gradient, has to find so: its weights and what calls it."""
+    """A module as it is now, which a second run, for the gradient, has to find so: its weights, and which of them are
+    trained, and what calls it.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.weights, self.calls = module, seen(module), calls(module)
+        self.trained = trained(self.weights)
 
     def require_unchanged(self) -> None:
         """Raise RuntimeError unless it is: the second run would not be that of the first."""
         changed = "" if unchanged(self.weights, self.module) else "weights were changed, or had others in their place,"
         if not changed and calls(self.module) != self.calls:
             changed = "hooks or layers were put in, taken out or replaced, or train and eval changed,"
+        if not changed and trained(self.weights) != self.trained:
+            changed = "weights were frozen or unfrozen,"
         if changed:
             raise RuntimeError(
                 f"{changed} between a forward and its backward pass, which computes once more: change nothing before "
                 "the gradient is there, or load the model without checkpointing and offload"
             )
+
+
+def trained(weights: Sequence[Seen]) -> list[bool]:
+    """Which of them ask for a gradient now."""
+    return [each.weight.requires_grad for each in weights]
 
 
 def calls(module: nn.Module) -> list[Any]:

@@ -63,8 +63,14 @@ class Window:
         """layer(x, cond), as a checkpoint for which its weights come each time. cond: a models.condition.Condition.
 
         Of the condition only what the layer reads goes through the checkpoint: what needs no gradient keeps nothing.
-        Raises ModelError for a layer that is trained, in the backward pass RuntimeError for one that was changed.
+        Raises ModelError for a layer that is trained, or was put in later; in the backward pass RuntimeError for one
+        that was changed.
         """
+        if layer not in self.index:
+            raise ModelError(
+                f"a layer of type {type(layer).__name__} was put into a network that is streamed, and its weights have "
+                "no way to the device: load the model without offload, or put it into one of the layers that were there"
+            )
         reads, first = getattr(layer, "reads", ()), FirstRun(layer)
         if torch.is_grad_enabled() and any(each.weight.requires_grad for each in first.weights):
             raise ModelError("the weights of a streamed network get no gradient: load it without offload to train them")

@@ -25,6 +25,7 @@ def test_a_warm_up_as_long_as_the_training_only_rises() -> None:
     "bad",
     [
         {"steps": 0}, {"batch_size": 0}, {"accumulation": 0}, {"validate_every": 0}, {"validation_pairs": 0},
+        {"batch_size": 10**15}, {"batch_size": 2**13, "accumulation": 3},
         {"checkpoint_every": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"clip_norm": -1.0},
         {"steps": 2.5}, {"steps": "3"}, {"batch_size": True}, {"seed": 1.5}, {"learning_rate": True},
         {"learning_rate": "1"}, {"warmup": 0.5}, {"patience": 1.5}, {"steps": 2, "warmup": 3},

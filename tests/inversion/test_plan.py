@@ -190,6 +190,13 @@ def test_drawing_takes_what_it_really_takes(make: Any) -> None:
     assert drawing(model, setting, None, 4, "cpu") > found
 
 
+def test_where_decoding_is_the_most_it_is_what_drawing_takes() -> None:
+    """The VAE's last maps of Stable Diffusion have 128 channels of all pixels, and two of them live at once."""
+    setting = Setting(torch.float16, attention="fused")
+    one, four = (drawing("sd1.5", setting, None, images) for images in (1, 4))
+    assert four - one > 3 * 2 * 128 * 512 * 512 * 2
+
+
 def test_a_plan_is_the_same_where_nothing_is_recorded() -> None:
     def planned() -> list[Any]:
         return [plan(tiny_model(), settings=[SIMPLE]), drawing(tiny_model(), SIMPLE)]
@@ -443,6 +450,8 @@ def test_what_cannot_be_planned() -> None:
         ((name, number),) = wrong.items()
         with pytest.raises(InversionError, match=f"{name} must be a whole number, not {number!r}"):
             plan(tiny_model(), **wrong)
+    with pytest.raises(InversionError, match="for batches of up to 16384, not of 100000000000000000000"):
+        plan(tiny_model(), batch_size=10**20)
     with pytest.raises(InversionError, match="up to 4096 pixels a side, not of 99999984"):
         plan(tiny_model(), 99_999_984)
     with pytest.raises(ModelError, match="float16 on a CPU"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 
 from benchmarks._saved_bytes import SavedBytes
 from models import ModelError, TextFeatures
@@ -144,6 +145,24 @@ def test_weights_are_trained_through_it(needs: bool) -> None:
     run(x).sum().backward()
     assert all(torch.equal(weight.grad, w) for weight, w in zip(weights, wanted))
     assert layer[0].bias.grad is None
+
+
+def test_a_weight_that_two_layers_share_has_the_gradient_of_one_weight() -> None:
+    layer, x = nn.Linear(4, 4), numbers(3, 4)
+    wanted = torch.autograd.grad(layer(x).sum(), layer.parameters())
+    y = checkpoint(layer, x, weights=[*layer.parameters(), *layer.parameters()])
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), layer.parameters()), wanted))
+
+
+def test_made_weights_that_are_kept_from_the_first_run_are_an_error() -> None:
+    """They were made where autograd does not record, so that what they are made of would get no gradient."""
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), numbers(2, 3).requires_grad_()
+    with parametrize.cached(), pytest.raises(RuntimeError, match=r"within torch.nn.utils.parametrize.cached\(\)"):
+        checkpoint(layer, x, weights=layer.parameters())
+    layer.requires_grad_(False)
+    (wanted,) = torch.autograd.grad(layer(x).sum(), x)
+    with parametrize.cached():
+        assert torch.equal(torch.autograd.grad(checkpoint(layer, x, weights=layer.parameters()).sum(), x)[0], wanted)
 
 
 def test_an_input_that_is_changed_in_place_is_an_error() -> None:
@@ -328,6 +347,17 @@ def test_weights_that_are_others_by_the_backward_pass_are_an_error(level: str) -
     with pytest.raises(RuntimeError, match="weights were changed"):
         y.sum().backward()
     unet(*given, checkpointing=level).sum().backward()
+
+
+@pytest.mark.parametrize("level", ["attention", "blocks"])
+@pytest.mark.parametrize("first", [False, True])
+def test_weights_that_are_frozen_or_unfrozen_in_between_are_an_error(level: str, first: bool) -> None:
+    unet, x, context = tiny_model().unet, torch.ones(1, 4, 8, 8, requires_grad=True), torch.ones(1, 24, 32)
+    weight = unet.requires_grad_(False).middle_block[1].transformer_blocks[0].attn2.to_k.weight.requires_grad_(first)
+    y = unet(x, torch.tensor([500]), context, checkpointing=level)
+    weight.requires_grad_(not first)
+    with pytest.raises(RuntimeError, match="weights were frozen or unfrozen, between a forward and its backward pass"):
+        y.sum().backward()
 
 
 def with_a_hook(layer: nn.Module) -> Callable[[], object]:

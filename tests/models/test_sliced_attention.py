@@ -96,6 +96,7 @@ def test_on_a_cpu_slices_of_several_heads_are_smaller() -> None:
     q = torch.empty(1, 8, 1024, 1)
     assert slice_size(q, q) == (1, 1024)                                                       # 4 MiB of one head
     assert slice_size(q[:, :, :256], q) == (2, 256)
+    assert slice_size(q.to("meta"), q) == (8, 1024)                                            # as of a GPU: 64 MiB
 
 
 def test_slices_of_some_heads_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

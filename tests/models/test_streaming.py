@@ -472,13 +472,23 @@ def test_weights_that_were_loaded_for_inference(path: Path, dtype: str) -> None:
             assert torch.equal(predicted(found)[0], predicted(wanted)[0])
 
 
+def test_a_layer_that_is_put_into_a_streamed_network_is_an_error(path: Path) -> None:
+    model = models.load(path, "float32", "cpu", **STREAMED)
+    model.unet.middle_block[1] = copy.deepcopy(model.unet.middle_block[1])
+    with pytest.raises(ModelError, match="was put into a network that is streamed"):
+        predicted(model)
+
+
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_weights_that_are_trained_get_their_gradient(path: Path, dtype: str, learns: bool) -> None:
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_text_weights_that_are_trained_get_their_gradient(path: Path, dtype: str, learns: bool, tied: bool) -> None:
     gradients = []
     for offload in ("none", "idle"):
         model = models.load(path, dtype, "cpu", offload=offload)
         model.text.requires_grad_()
+        if tied:
+            first, second = [part for part in model.text.modules() if type(part) is torch.nn.LayerNorm][:2]
+            second.weight = first.weight
         extra = torch.zeros(1, model.width).requires_grad_() if learns else None
         features = model.encode_text(model.tokenizer.encode(["a <x>" if learns else "a dog"], {"<x>": 1}), extra)
         features[0].float().square().mean().backward()
