@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 from _measure import json_file, told, write
+from _networks import fill
 from _process import PartFailed, ended, resident
-from torch import nn
 
 import inversion
 from inversion import Concept, TrainConfig, Training
 from inversion.sizes import size
 from models import LatentModel, Setting, outline
 
-MODEL, WORD, BLOCK = "sd1.5", "<frida>", 2**20
+MODEL, WORD = "sd1.5", "<frida>"
 MEASURED = [
     (256, Setting(torch.float32, "none", "fused")),
     (256, Setting(torch.float32, "blocks", "fused")),
@@ -46,18 +46,10 @@ CUDA = [
 
 
 def of_random_weights(name: str, dtype: torch.dtype) -> LatentModel:
-    """A preset's model, frozen, every weight in memory: matrices of the inverse fan-in's variance, a block repeated."""
+    """A preset's model, frozen, every weight in memory, see `fill`."""
     model = outline(name)
-    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
     for network in (model.unet, model.vae, model.text):
-        for part in network.modules():
-            for name, p in part._parameters.items():
-                if p is None:
-                    continue
-                weight = torch.empty(p.shape, dtype=dtype)
-                for piece in weight.view(-1).split(BLOCK):
-                    piece.copy_(block[: len(piece)] * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1))
-                part._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        fill(network, dtype)
     return model
 
 

@@ -78,8 +78,8 @@ def hybrid_loss(
 
     output: (B, 2C, H, W), what the network predicts and then the raw variance in [-1, 1], at x_t = q_sample(x0, t,
     noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon. Raises
-    DiffusionError for another form, another number of channels, a time that the schedule does not have, and epsilon at
-    alpha_bar = 0.
+    DiffusionError for another form, another number of channels, a time that the schedule does not have, epsilon at
+    alpha_bar = 0, and a schedule that begins clean.
     """
     if output.shape[1] != 2 * x0.shape[1]:
         raise DiffusionError(
@@ -101,8 +101,10 @@ def variational_bound(
 
     predicted, x0, x_t: (B, C, H, W), x_0 as a network has it and as it is, in [-1, 1]. var_frac: the same shape, where
     the variance lies, 0 to 1, see `Prediction`. t: (B,) int64. Returns (B,) float32 (or float64). Raises DiffusionError
-    for a time that the schedule does not have.
+    for a time that the schedule does not have, and for a schedule that begins clean, where a variance would be 0.
     """
+    if schedule.alphas_bar[0] == 1:
+        raise DiffusionError("a variational bound needs noise at every time; this schedule begins with alpha_bar = 1")
     predicted, var_frac, x0, x_t = (_wide(each) for each in (predicted, var_frac, x0, x_t))
     now, before = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)
     t_kept = t.clamp(min=1)  # the posterior at t = 0 has no variance: the published objective takes t = 1

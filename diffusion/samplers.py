@@ -94,6 +94,7 @@ def ddim(
 def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
     """Euler's method in sigma (Karras et al. 2022, algorithm 1 without its second half). Draws no noise.
 
+    (diffusers 0.42, scheduling_euler_discrete.py, begins its chains with the noise alone, sqrt(1 - alpha_bar) N(0, I).)
     x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
     """
     return ddim(denoise, x, levels, eta=0.0)
@@ -116,7 +117,8 @@ def plms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Ge
     The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step.
     The first step has no past and averages eps at both of its ends (Heun), so that n steps ask the network n + 1
     times. Not where it is the last step as well: the network was never asked about a clean image. A step from pure
-    noise (alpha_bar = 0), where eps says nothing, is a plain one, and the next is the first. Draws no noise.
+    noise (alpha_bar = 0), where eps says nothing, is a plain one, and the next is the first. Draws no noise. (diffusers
+    combines what the network answers instead, which is something else where that is v.)
     x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
     """
     _check(levels)

@@ -8,8 +8,9 @@ A schedule is a table of T variances beta_t in (0, 1], t = 0 … T - 1, and its 
 Three formulas are published under three names:
 
 - `linear`              beta from 1e-4 to 0.02 (Ho et al. 2020, section 4), both times 1000 / T for other T
-                        (Nichol & Dhariwal 2021);
-- `scaled_linear`       sqrt(beta) linear, from 0.00085 to 0.012 in Stable Diffusion (Rombach et al. 2022);
+                        (openai/guided-diffusion at 22e0df8, gaussian_diffusion.py);
+- `scaled_linear`       sqrt(beta) linear, from 0.00085 to 0.012 in Stable Diffusion (CompVis/stable-diffusion at
+                        21f890f, v1-inference.yaml);
 - `squaredcos_cap_v2`   alpha_bar(u) = cos²(π/2 · (u + 0.008) / 1.008), beta at most 0.999 (Nichol & Dhariwal
                         2021, equation 17). Some repositories call it `cosine`.
 
@@ -22,7 +23,7 @@ float64, and only then cast to the dtype of the tensor that it multiplies.
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -66,10 +67,10 @@ class Schedule:
         beta_end: float | None = None,
         zero_terminal_snr: bool = False,
     ) -> None:
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
             raise DiffusionError(f"a schedule needs a whole number of steps, at least 1, not {steps!r}")
-        self.name, self.steps, self.zero_terminal_snr = name, steps, zero_terminal_snr
-        self._alphas_bar = torch.cumprod(1 - _betas(name, steps, beta_start, beta_end), dim=0)
+        self.name, self.steps, self.zero_terminal_snr = name, int(steps), zero_terminal_snr
+        self._alphas_bar = torch.cumprod(1 - _betas(name, self.steps, beta_start, beta_end), dim=0)
         if zero_terminal_snr:
             self._alphas_bar = _zero_terminal(self._alphas_bar)
 

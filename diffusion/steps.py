@@ -33,7 +33,8 @@ def ddpm_step(
     x_t, noise: (B, C, H, W). variance: `small` (the posterior's), `large` (beta), or `learned`, between
     them on a log scale. floor: the low end of a learned variance where `lower` is clean and the posterior
     has none; nothing random is added there, but a guide still moves the mean. Returns (B, C, H, W). Raises
-    DiffusionError for another variance, or a learned one that the prediction does not carry, and for a noisier `lower`.
+    DiffusionError for another variance, or a learned one that the prediction does not carry, for a noisier `lower`, and
+    for a clean level, from which nothing can be drawn.
     """
     _require_lower(level, lower)
     mean = posterior_mean(prediction.x0, x_t, level.alpha_bar, lower.alpha_bar)
@@ -61,7 +62,8 @@ def ddim_step(
     noise that draws it again (their section 4.3).
 
     x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral). Returns (B, C,
-    H, W). Raises DiffusionError for a guide at alpha_bar = 0, and if eta > 0 for a missing noise and a noisier `lower`.
+    H, W). Raises DiffusionError for a guide at alpha_bar = 0, and if eta > 0 for a missing noise, a noisier `lower` and
+    a clean level.
     """
     if eta:
         _require_lower(level, lower)
@@ -96,9 +98,14 @@ def dpmpp_2m_step(
 
 
 def _require_lower(level: Level, lower: Level) -> None:
-    """Raise DiffusionError for a step to more noise, whose variance would be negative."""
+    """Raise DiffusionError for a step to more noise, whose variance is negative, and from none, where it is 0/0."""
     if lower.alpha_bar < level.alpha_bar:
         raise DiffusionError(
             f"a step that draws from p(x_s | x_t) goes to less noise, not from time {level.t:g} to time {lower.t:g}: "
             "there take ddim_step with eta=0, or add noise, as q(x_t | x_s) does"
+        )
+    if level.alpha_bar == 1:
+        raise DiffusionError(
+            f"time {level.t:g} is clean (alpha_bar = 1), so there is no noise to draw anew: end the list of times "
+            "there, or take eta=0"
         )

@@ -63,7 +63,8 @@ def generate(
     height, width   in pixels; None is the model's own resolution. With an upsampler: of what it enlarges.
     generator   a seed, one seed for each prompt, a generator on the CPU, or None for torch's own; the module
                 says what image i gets.
-    concepts    learned words that the prompts and the negatives use; of one that none uses a warning is given. An
+    concepts    learned words that the prompts and the negatives use; of one that none uses, and of <words> in the
+                prompts that are none of them, a warning is given. An
                 upsampler has a text network of its own: it reads the words that a concept was initialised with.
     image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise; for an upsampler by
                 itself, the small image that it enlarges.
@@ -81,6 +82,7 @@ def generate(
     """
     if not hasattr(model, "sampling"):
         raise GuidanceError(f"a {type(model).__name__} draws nothing: take a model of models.load")
+    inputs.require_decoder(model)
     given = zip((sampler, steps, scale), model.sampling)
     sampler, steps, scale = (usual if chosen is None else chosen for chosen, usual in given)
     prompts, negatives = inputs.prompts(prompts, negative, scale)
@@ -100,7 +102,7 @@ def generate(
         warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)
     shape = model.x0_shape(*sides)
     streams, words = inputs.streams(generator, len(prompts)), inputs.words(concepts, model)
-    inputs.warn_of_unused(concepts, (*prompts, *negatives))
+    inputs.warn_of_words(concepts, (*prompts, *negatives))
     chains = [Chain(model, prompts, negatives, scale, sampler, levels, shape, *words, image, kept, guidance)]
     if upsampler is not None:
         chains = [replace(chains[0], kept=reduced(kept, upsampler.factor)), enlarging(chains[0], concepts)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from guidance.errors import GuidanceError
 
 GUIDED_FROM = 1e-5      # alpha_bar: the linear schedule ends at 4e-5, from where classifiers are known to guide DDIM
+WORD = re.compile(r"<[^\s<>|]+>")       # as learned words are usually written; <|…|> are a tokenizer's own
 Randomness = int | Sequence[int] | torch.Generator | None
 
 
@@ -52,6 +53,15 @@ def prompts(
     return prompts, negatives
 
 
+def require_decoder(model: Any) -> None:
+    """Raise GuidanceError for a model that draws latents and has nothing any more to decode them with."""
+    if getattr(model, "released", False):
+        raise GuidanceError(
+            "the model's VAE has left memory, as it does in training once the images are encoded: train with "
+            "keep_encoder=True, or load the model again to draw with it"
+        )
+
+
 def require_kinds(guidance: Any, progress: Any) -> None:
     """Raise GuidanceError for what should be called and cannot be."""
     known = hasattr(guidance, "classes") or hasattr(guidance, "similarity")
@@ -75,7 +85,7 @@ def too_noisy(sampler: str, alpha_bar: float) -> str:
 def require_sizes(**sizes: Any) -> None:
     """Raise GuidanceError for a size that is given and no whole number."""
     for name, size in sizes.items():
-        if size is not None and type(size) is not int:
+        if size is not None and not _is_whole(size):
             raise GuidanceError(f"{name} is a whole number, not {size!r}")
 
 
@@ -129,13 +139,21 @@ def listed(concepts: Iterable[Concept]) -> list[Concept]:
     return found
 
 
-def warn_of_unused(concepts: Sequence[Concept], texts: Iterable[str]) -> None:
-    """Warn of learned words that stand in none of the texts: spelled otherwise they are read as letters."""
-    texts = list(texts)
-    unused = [each.placeholder for each in concepts if not any(each.placeholder in text for text in texts)]
+def warn_of_words(concepts: Sequence[Concept], texts: Iterable[str]) -> None:
+    """Warn of learned words that stand in none of the texts, and of <words> that nobody has learned: spelled otherwise,
+    or not given, they are read as letters.
+    """
+    texts, given = list(texts), [each.placeholder for each in concepts]
+    unused = [word for word in given if not any(word in text for text in texts)]
+    found = [word for text in texts for word in WORD.findall(text) if not any(each in word for each in given)]
+    said = []
     if unused:
-        said = f"no prompt has {', '.join(unused)}: a learned word is drawn where it is written as it was learned"
-        warnings.warn(said, UserWarning, stacklevel=4)      # past `generate` and its no_grad
+        said.append(f"no prompt has {', '.join(unused)}: a learned word is drawn where it is written as it was learned")
+    if found:
+        unknown = ", ".join(dict.fromkeys(found))
+        said.append(f"{unknown} is read as letters: if it is a learned word, give its file, or its concept, too")
+    for each in said:
+        warnings.warn(each, UserWarning, stacklevel=4)      # past `generate` and its no_grad
 
 
 def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tensor | None]:
@@ -159,8 +177,13 @@ def words(concepts: Sequence[Concept], model: Any) -> tuple[dict[str, int], Tens
 
 def batches(count: int, size: int) -> list[slice]:
     """`count` images in runs of at most `size`."""
-    if type(size) is not int:
+    if not _is_whole(size):
         raise GuidanceError(f"batch_size is a whole number, not {size!r}")
     if size < 1:
         raise GuidanceError(f"a batch holds at least one image, not {size}")
     return [slice(i, i + size) for i in range(0, count, size)]
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether it is an integer, NumPy's among them; True and False are none."""
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -92,7 +92,8 @@ class Concept:
         words, metadata = read_embeddings(Path(path))
         if len(words) > 1 and placeholder not in words:
             listed = ", ".join(list(words)[:8])
-            raise InversionError(f"{path} holds {len(words)} words ({listed}): say which one, by placeholder=")
+            other = "" if placeholder is None else f", and {placeholder} is none of them"
+            raise InversionError(f"{path} holds {len(words)} words ({listed}){other}: say which one, by placeholder=")
         vectors = words[placeholder] if placeholder in words else next(iter(words.values()))
         name = placeholder or next(iter(words))
         if name.split() != [name]:

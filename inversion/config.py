@@ -19,6 +19,9 @@ class TrainConfig:
     multiplied by anything. schedule: of the learning rate, after `warmup` steps, no more than all, in which it rises
     linearly. clip_norm: the gradient's largest norm. validate_every, checkpoint_every: in steps. validation_pairs:
     (time, noise) pairs an image. patience: stop after so many validations without progress; None never stops early.
+    seed: 0 to 2^32 - 1. All other counts are at least 1, warmup 0; learning_rate and clip_norm are finite and above 0.
+
+    Raises InversionError for any other value.
     """
 
     steps: int = 3000

@@ -20,7 +20,8 @@ from inversion.errors import InversionError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+NOBODY_S = {".DS_Store", "Thumbs.db", "desktop.ini"}    # what systems leave in a folder that was looked at
 SMALLEST_SIDE = 16  # below this there is nothing to learn from: an icon in a favicon has 16
 SHOWN = 8  # names in a message
 ENLARGED = 2  # a side enlarged by more than this factor is worth a word
@@ -38,7 +39,8 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """The image files of a folder (with `recursive`, of its subfolders too), in the order of their names.
 
     Hidden and foreign files are left out with one warning that names them; captions (a .txt beside an image of the same
-    stem) are no foreign files. Raises InversionError for a folder that is missing, a file, empty, or has no image.
+    stem) are no foreign files, and what the system itself puts there is not named. Raises InversionError for a folder
+    that is missing, a file, empty, or has no image.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -53,6 +55,7 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     images = [file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file()]
     captions = {image.with_suffix(".txt") for image in images}
     foreign = [str(file.relative_to(folder)) for file in files if file not in captions and file not in images]
+    foreign = [name for name in foreign if Path(name).name not in NOBODY_S]
     if not images:
         raise InversionError(
             f"the folder {folder} holds no readable image, only {_listed(foreign)}: "

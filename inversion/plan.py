@@ -9,6 +9,7 @@ not the driver's own memory (a CUDA context takes 0.3 to 0.5 GiB), nor the progr
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,7 @@ def _asked(
         raise ModelError(f"{shell.source} is told classes: it reads no text, and so no word can be taught to it")
     side = shell.resolution if resolution is None else resolution
     for name, number in (("batch_size", batch_size), ("resolution", side)):
-        if type(number) is not int:
+        if not isinstance(number, Integral) or isinstance(number, bool):
             raise InversionError(f"{name} must be a whole number, not {number!r}")
     if batch_size < 1:
         raise InversionError(f"batch_size must be at least 1, not {batch_size}")

@@ -128,8 +128,8 @@ class FeedForward(nn.Module):
         A part of the tokens is widened and narrowed before the next is, in the same memory: new pages would cost more
         than the arithmetic.
         """
-        for part in x.view(-1, x.shape[-1]).split(self.net[0].rows(x)):
-            part.copy_(self.added(part, self.all_but_the_last(norm(part[None])))[0])
+        for part in x.view(1, -1, x.shape[-1]).split(self.net[0].rows(x), dim=1):
+            part.copy_(self.added(part, self.all_but_the_last(norm(part))))
 
 
 @as_written

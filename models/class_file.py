@@ -86,7 +86,7 @@ def read_classifier(
 
 
 def write_classifier(network: Classifier, path: Path, dtype: torch.dtype | None) -> None:
-    """Write a classifier as .safetensors; another at `path` is replaced. Raises ModelError as above."""
+    """Write a classifier as .safetensors; another at `path` is replaced. Raises ModelError as `write_described`."""
     said = {"descent": asdict(network.config), "image_size": network.image_size, "classes": network.names.names}
     write_described(path, CLASSIFIER_KEY, said, gather(Part(network, Layout()), dtype))
 

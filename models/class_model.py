@@ -87,16 +87,7 @@ class ClassModel(PixelModel):
             "the UNet's classes and their names": (unet.num_classes or 0, len(self.classes)),
             "the UNet's input channels and what stands in them": (unet.in_channels, 3 + 3 * (self.factor > 1)),
         }
-        if self.upsampler is not None:
-            if self.factor > 1 or not getattr(self.upsampler, "factor", 1) > 1:
-                raise ModelError(
-                    f"{self.source}: the upsampler of a base model is one that enlarges, and {self.upsampler.source} "
-                    f"does not enlarge what {self.source} draws"
-                )
-            pairs["the upsampler's resolution and what it should make of this model's"] = (
-                self.upsampler.resolution, self.upsampler.factor * self.resolution,
-            )  # fmt: skip
-        self.require_fit(pairs)
+        self.require_fit(pairs | self.upsampler_pairs())
         if unet.out_channels not in (3, 6):
             raise ModelError(f"{self.source} answers {unet.out_channels} channels: neither 3, nor 6 with a variance")
         if not (self.classes.names or self.null):

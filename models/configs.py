@@ -121,7 +121,10 @@ def read_vae(file: Json, where: str) -> VAEConfig:
 
 
 def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
-    """The config.json of a VAE; sample_size: side of the images that it was trained on."""
+    """The config.json of a VAE; sample_size: side of the images that it was trained on.
+
+    Raises ModelError for one whose first convolution is not as wide as its first level, as `write_unet`.
+    """
     levels = len(config.channel_mult)
     if config.channel_mult[0] != 1:
         raise ModelError(f"a diffusers VAE's channel_mult begins with 1; this one's is {config.channel_mult}")
@@ -136,7 +139,7 @@ def write_vae(config: VAEConfig, sample_size: int) -> dict[str, Any]:
 
 
 def read_text(file: Json, where: str) -> ClipTextConfig:
-    """A CLIPTextModel's config.json; what is absent has transformers' default. Raises ModelError as above."""
+    """A CLIPTextModel's config.json; what is absent has transformers' default. Raises ModelError as `read_unet`."""
     _refuse(file, TEXT_FIXED, where)
     file = TEXT_DEFAULTS | dict(file)
     if file["hidden_act"] not in ("quick_gelu", "gelu"):
@@ -169,8 +172,8 @@ def read_schedule(file: Json, where: str) -> tuple[dict[str, Any], str]:
 
     What it says of drawing (its class, timestep_spacing, steps_offset, set_alpha_to_one) is passed over: a sampler's
     times are those of `diffusion.default_levels`; who needs others, as for SD-Turbo, hands a sampler its levels.
-    Raises ModelError as above, and for a class of schedulers without betas: diffusers writes those of every one that
-    has any.
+    Raises ModelError as `read_unet`, and for a class of schedulers without betas: diffusers writes those of every one
+    that has any.
     """
     _refuse(file, SCHEDULE_FIXED, where)
     if (made_by := file.get("_class_name")) and not any(key.startswith("beta_") for key in file):

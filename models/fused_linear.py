@@ -9,6 +9,7 @@ and 111 to 68.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.checkpointing import records
@@ -24,7 +25,12 @@ def is_worth_it(x: Tensor) -> bool:
 
 
 def linear_plus(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """h + x @ weight^T + bias. x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), h: (…, C_out), of any strides."""
+    """h + x @ weight^T + bias. x: (…, C_in), weight: (C_out, C_in), bias: (C_out,), h: (…, C_out), of any strides.
+
+    Raises RuntimeError, torch's own, for shapes that do not fit together.
+    """
+    if x.shape[-1:] != weight.shape[1:] or h.shape != (*x.shape[:-1], len(weight)):
+        return h + F.linear(x, weight, bias)                # which says so
     return torch.ops.mkldnn._linear_pointwise.binary(x, h, *in_one_piece(weight, bias), "add")
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from models.attend import AttentionKind
 from models.checkpointing import Checkpointing
-from models.errors import ModelError
 from models.glide_text import GlideText
 from models.glide_tokenizer import GlideTokenizer
 from models.offload import Offload, runs_in, visit
@@ -66,17 +65,7 @@ class GlideModel(PixelModel):
             "the tokenizer's vocabulary and the text's": (self.tokenizer.vocab_size, text.vocab_size),
             "the tokenizer's length and the text's": (self.tokenizer.length, text.length),
         }  # fmt: skip
-        if self.upsampler is not None:
-            if not (isinstance(self.upsampler, GlideModel) and self.upsampler.factor > 1) or self.factor > 1:
-                raise ModelError(
-                    f"{self.source}: the upsampler of a base model is a GLIDE that enlarges, and "
-                    f"{self.upsampler.source} does not enlarge what {self.source} draws"
-                )
-            pairs["whether this one and its upsampler are for inpainting"] = self.inpaints, self.upsampler.inpaints
-            pairs["the upsampler's resolution and what it should make of this model's"] = (
-                self.upsampler.resolution, self.upsampler.factor * self.resolution,
-            )  # fmt: skip
-        self.require_fit(pairs)
+        self.require_fit(pairs | self.upsampler_pairs())
 
     @property
     def family(self) -> str:

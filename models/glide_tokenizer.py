@@ -49,7 +49,10 @@ class GlideTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, length: int = 128) -> "GlideTokenizer":
-        """A tokenizer of at most vocab_size tokens (257 or more) learned from captions; it can encode every text."""
+        """A tokenizer of at most vocab_size tokens (257 or more) learned from captions; it can encode every text.
+
+        Raises ModelError for fewer, and for a length below 1.
+        """
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
         if vocab_size < BYTES_AND_END:

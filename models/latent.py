@@ -114,7 +114,8 @@ class LatentModel(UNetModel):
         """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance.
 
         No gradient goes through here, nor through `decode`: through `vae.encode` and `vae.decode` it does. Raises
-        ModelError for sides that the VAE cannot halve, of which it would leave the last pixels out.
+        ModelError for sides that the VAE cannot halve, of which it would leave the last pixels out, and once the VAE
+        was released.
         """
         self._require_encoder()
         self.require_size(*images.shape[2:], self.vae.factor)
@@ -127,7 +128,10 @@ class LatentModel(UNetModel):
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1]. No gradient, see above."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, clamped to [-1, 1].
+
+        No gradient goes through it, as through `moments`. Raises ModelError once the VAE was released.
+        """
         self._require_encoder()
         with present(self, self.vae):
             return at_least_float32(self.vae.decode(x0.to(self.vae.quant_conv.weight))).clamp(-1.0, 1.0)
@@ -143,4 +147,7 @@ class LatentModel(UNetModel):
 
     def _require_encoder(self) -> None:
         if self.released:
-            raise ModelError("the VAE was released from memory (release_encoder): load the model again to use it")
+            raise ModelError(
+                "the VAE was released from memory (release_encoder), as in training unless keep_encoder is given: "
+                "load the model again to use it"
+            )

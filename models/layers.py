@@ -53,7 +53,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-@as_written
 class GroupNorm(nn.GroupNorm):
     """A group norm of which, with frozen weights, the input is kept for the backward pass. (B, C, h, w)."""
 
@@ -79,6 +78,8 @@ class Pointwise(nn.Conv1d):
     """A linear layer of tokens (B, N, C_in) whose weight, (C_out, C_in, 1), is stored as that of a convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if trains(self):
+            return F.linear(x, self.weight.squeeze(2), self.bias)
         return linear(x, self.weight.squeeze(2), self.bias)
 
 
@@ -88,9 +89,8 @@ def for_torch(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer, with frozen weights by the library that is the faster."""
-    trained = weight.requires_grad or bias is not None and bias.requires_grad
-    if trained or not products.onednn_is_faster(x):
+    """A linear layer of frozen weights, by the library that is the faster."""
+    if not products.onednn_is_faster(x):
         return F.linear(x, weight, bias)
     return products.frozen_product(x, weight, bias)
 
@@ -124,7 +124,7 @@ def conv_plus(conv: Conv2d, x: Tensor, emb: Tensor) -> Tensor:
     """conv(x) + emb. x: (k b, C_in, h, w); emb: (b, C, 1, 1), k times over. One emb for all images, which needs no
     gradient, is added to the bias.
     """
-    if len(emb) != 1 or records() or not plain(conv) or trains(conv):
+    if len(emb) != 1 or records() or not plain(conv):
         return plus(fresh(conv, x), for_each(emb, x))
     return frozen.conv2d(x, conv.weight, conv.bias + emb.flatten(), conv.stride, conv.padding)
 
@@ -139,8 +139,8 @@ def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:
 
 
 def goes_in_bands(conv: Conv2d, x: Tensor) -> bool:
-    """Whether a frozen layer is asked for a large map where no gradient is wanted."""
-    return bands.is_large(x) and plain(conv) and not (trains(conv) or records())
+    """Whether a layer is asked for a large map where no gradient is wanted."""
+    return bands.is_large(x) and plain(conv) and not records()
 
 
 def heard(module: nn.Module) -> bool:
@@ -158,7 +158,7 @@ def plain(layer: nn.Module) -> bool:
 
     Not one that is wrapped or derived (a LoRA), one without a bias, nor one that is heard: it has to be called.
     """
-    if type(layer) not in (Conv2d, Linear, Pointwise, GroupNorm, NormSiLU, nn.LayerNorm) or heard(layer):
+    if type(layer) not in (Conv2d, Linear, Pointwise, NormSiLU, nn.LayerNorm) or heard(layer):
         return False
     return layer.bias is not None and (type(layer) is not Conv2d or usual(layer))
 

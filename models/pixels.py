@@ -69,6 +69,26 @@ class PixelModel(UNetModel):
             image, mask = (small.new_zeros(len(small), channels, *size) for channels in (3, 1))
         return GivenImages(self, torch.cat(beside(size, small, image, mask), dim=1))
 
+    def upsampler_pairs(self) -> dict[str, tuple[int, int]]:
+        """What an upsampler has to have in common with this model, for `require_fit`; nothing without one.
+
+        Raises ModelError unless that is a model of this kind which enlarges, and this one is a base.
+        """
+        other = self.upsampler
+        if other is None:
+            return {}
+        if not isinstance(other, type(self)) or other.factor == 1 or self.factor > 1:
+            raise ModelError(
+                f"{self.source}: the upsampler of a base model is one of its kind that enlarges, and {other.source} "
+                f"does not enlarge what {self.source} draws"
+            )
+        return {
+            "whether this one and its upsampler are for inpainting": (self.inpaints, other.inpaints),
+            "the upsampler's resolution and what it should make of this model's": (
+                other.resolution, other.factor * self.resolution,
+            ),
+        }  # fmt: skip
+
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], which are their own x_0."""
         return at_least_float32(images)

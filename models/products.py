@@ -51,7 +51,7 @@ def in_one_piece(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | 
 
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same with a gradient for x alone; none for the weights, and no second derivative."""
+    """`product` with a gradient for x alone; none for the weights, and no second derivative. Shapes as there."""
     return _Product.apply(x, weight, bias)
 
 

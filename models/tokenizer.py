@@ -67,7 +67,10 @@ class ClipTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, length: int = 77) -> "ClipTokenizer":
-        """A tokenizer of at most vocab_size tokens (514 or more) learned from captions; it can encode every text."""
+        """A tokenizer of at most vocab_size tokens (514 or more) learned from captions; it can encode every text.
+
+        Raises ModelError for fewer, and for a length below 3.
+        """
         return cls(vocabulary.learn(captions, vocab_size), length)
 
     @classmethod

@@ -172,3 +172,11 @@ def test_hybrid_trains_the_mean_by_the_error_alone() -> None:
     predicted = Prediction.from_eps(x_t, output[:, :3], schedule.alpha_bar(t)).x0
     full = variational_bound(schedule, predicted, (output[:, 3:] + 1) / 2, x0, x_t, t)
     torch.testing.assert_close(terms.vb, full * 0.1)  # T / 1000
+
+
+def test_a_schedule_that_begins_clean_has_no_bound() -> None:
+    """The variance of the step to its clean level is 0, and its logarithm made the bound nan."""
+    schedule, x0 = Schedule("scaled_linear", steps=4), torch.zeros(2, 3, 4, 4)
+    schedule.alphas_bar = [1.0, 0.5, 0.2, 0.1]
+    with pytest.raises(DiffusionError, match="begins with alpha_bar = 1"):
+        hybrid_loss(schedule, torch.zeros(2, 6, 4, 4), x0, torch.tensor([1, 2]), x0, "v_prediction")

@@ -378,6 +378,8 @@ def test_a_step_that_adds_noise_asks_for_it() -> None:
         (lambda x, p, a, b: ddpm_step(x, p, a, b, x), "not from time 200 to time 400: there take ddim_step"),
         (lambda x, p, a, b: ddim_step(x, p, a, b, 1.0, x), "to less noise, not from time 200 to time 400"),
         (lambda x, p, a, b: dpmpp_2m_step(x, p, LAST, b), "log sigma, which a clean level has not"),
+        (lambda x, p, a, b: ddpm_step(x, p, Level(0, 1.0), LAST, x), "time 0 is clean .*no noise to draw anew"),
+        (lambda x, p, a, b: ddim_step(x, p, Level(0, 1.0), LAST, 1.0, x), "time 0 is clean .*no noise to draw anew"),
     ],
 )
 def test_a_step_that_cannot_be_taken_is_refused(step: object, sentence: str) -> None:

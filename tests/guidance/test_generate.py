@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
 from guidance import GuidanceError, generate
+from guidance.inputs import warn_of_words
 from inversion import Concept
 from models.unet_model import Sampling
 from tests.tiny import tiny_model
@@ -336,6 +337,25 @@ def test_a_learned_word_that_no_prompt_has_is_warned_of() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             generate(Model(), steps=2, concepts=[word], **silent)
+
+
+def test_a_word_that_nobody_learned_is_warned_of() -> None:
+    word = Word("<a>", torch.zeros(1, 1))
+    prompts = ["0.1 <b>", "<a> <c-d> <b>"]
+    said = "^<b>, <c-d> is read as letters: if it is a learned word, give"
+    with pytest.warns(UserWarning, match=said) as warned, pytest.raises(ValueError, match="string to float: '<b>'"):
+        generate(Model(), prompts, steps=2, concepts=[word])            # this tokenizer knows numbers alone
+    assert [each.filename for each in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_words([word], ["1 < 2 > 0", "<|endoftext|>", "<3", "a <a>'s", "<>"])
+
+
+def test_a_model_that_let_its_vae_go_is_refused_before_it_draws() -> None:
+    model = Model()
+    model.released = True
+    with pytest.raises(GuidanceError, match="has left memory, .* train with keep_encoder=True"):
+        generate(model, "0.1", steps=2, progress=lambda *_: pytest.fail("it drew"))
 
 
 def test_a_number_of_numpy_s_is_a_number() -> None:

@@ -75,7 +75,7 @@ def test_of_two_words_one_is_asked_for() -> None:
     file = FILES / "two_concepts.safetensors"
     with pytest.raises(InversionError, match=r"2 words \(<a>, <b>\): say which one"):
         Concept.load(file)
-    with pytest.raises(InversionError, match=r"2 words \(<a>, <b>\): say which one"):
+    with pytest.raises(InversionError, match=r"2 words \(<a>, <b>\), and <c> is none of them: say which one"):
         Concept.load(file, placeholder="<c>")                               # a new name, but of which?
     first, second = (Concept.load(file, placeholder=word) for word in ("<a>", "<b>"))
     both = load_file(file)

@@ -88,8 +88,8 @@ class TestModel:
             ({"classes": ClassNames(("dog",))}, "classes and their names differ, 3 and 1"),
             ({"factor": 4}, "what stands in them differ, 3 and 6"),
             ({"upsampler": tiny_classes(factor=4, size=16)}, "differ, 16 and 64"),
-            ({"upsampler": tiny_classes()}, "the upsampler of a base model is one that enlarges"),
-            (vars(tiny_classes(factor=2)) | {"upsampler": tiny_classes(factor=2, size=64)}, "one that enlarges"),
+            ({"upsampler": tiny_classes()}, "the upsampler of a base model is one of its kind that enlarges"),
+            (vars(tiny_classes(factor=2)) | {"upsampler": tiny_classes(factor=2, size=64)}, "that enlarges"),
         ],
     )
     def test_parts_that_do_not_fit(self, change: dict, said: str) -> None:

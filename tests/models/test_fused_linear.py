@@ -73,6 +73,15 @@ def test_a_bias_that_does_not_lie_in_one_piece() -> None:
     assert torch.equal(linear_plus(h, x, weight[:80], apart[:80]), linear_plus(h, x, weight[:80], bias[:80]))
 
 
+def test_what_does_not_fit_is_torch_s_to_say_or_to_spread() -> None:
+    x, h, (weight, bias) = numbers(2, 96, 64), numbers(80, seed=3), layer(64, 80)
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(192x63 and 64x80\)"):
+        linear_plus(h.expand(2, 96, 80), x[..., :63], weight, bias)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        linear_plus(numbers(96, 2, 80), x, weight, bias)                # as many numbers, of other places
+    assert torch.equal(linear_plus(h, x, weight, bias), h + F.linear(x, weight, bias))
+
+
 def test_the_gate_s_gelu_is_the_exact_one() -> None:
     """Of -3 it is -3 Φ(-3) = -0.00405, where the approximation by tanh has -0.00364."""
     bias = torch.tensor([1.0] * 16 + [-3.0] * 16).bfloat16()

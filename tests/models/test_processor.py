@@ -1,12 +1,15 @@
 """What is computed by which kernel, on the processors that there are."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models import processor
 from models.attend import best_kind
-from models.layers import linear
+from models.layers import Linear, Pointwise, linear
 
 INTEL = {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True, "amx_tile": True}
 OTHER = {"cpu_name": "AMD EPYC", "avx512_bf16": True}
@@ -40,10 +43,15 @@ def test_a_linear_layer_is_the_same_sum_either_way(said: dict) -> None:
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)        # eight products of about 1 in float32
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, wanted)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)          # six products of about 6
-    trained = torch.nn.Parameter(weight)
-    assert "_Product" not in str(_functions(linear(x, trained, bias)))
-    bias.requires_grad_()
-    assert torch.equal(torch.autograd.grad(linear(x, weight, bias).sum(), bias)[0], torch.full((6,), 10.0))
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(8, 6), lambda: Pointwise(8, 6, 1)])
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_layer_that_learns_is_torchs(make: Callable[[], nn.Module], trained: str, said: dict) -> None:
+    layer, x = make().requires_grad_(False), torch.ones(2, 5, 8, requires_grad=True)
+    getattr(layer, trained).requires_grad_()
+    assert "_Product" not in str(_functions(layer(x)))
+    assert torch.autograd.grad(layer(x).sum(), getattr(layer, trained))[0].unique().tolist() == [10.0]
 
 
 def test_a_linear_layer_of_no_tokens(said: dict) -> None:
