@@ -29,7 +29,7 @@ class Model(Protocol):
     sampling: Any    # the sampler, its steps, the guidance scale, the factor on the first noise
     pixels: bool     # x_0 is an image in [-1, 1], and is clipped as such
     factor: int      # how many times it enlarges an image; 1 if it draws from noise alone
-    upsampler: Any   # another model, or None
+    upsampler: Any   # another model, or None; models that enlarge, or inpaint, have `given`, see `models.pixels`, too
 
     def encode_text(self, tokens: Any, extra: Tensor | None = None) -> Any: ...
     def predict(self, x_t: Tensor, t: Tensor, features: Any) -> Tensor: ...

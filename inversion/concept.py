@@ -10,6 +10,7 @@ turning a phrase into n vectors; here is one, and the file's metadata says which
 """
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Concept:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.placeholder.split() != [self.placeholder] or "{}" in self.placeholder:
+        one_word = isinstance(self.placeholder, str) and self.placeholder.split() == [self.placeholder]
+        if not one_word or "{}" in self.placeholder:
             raise InversionError(
                 f"{self.placeholder!r} cannot be a placeholder: use one word without spaces, like '<frida>'"
             )
@@ -57,10 +59,14 @@ class Concept:
 
         model: anything with `tokenizer.tokens_of(text)`, `tokenizer.is_word(text)` and `embedding(id) ->
         (D,)`. n: how many vectors; None takes one a token. Raises InversionError if the model reads no text, the
-        placeholder is already a word, the text has no tokens, or more than n, or n is below 1.
+        placeholder is already a word, the text is none or has no tokens, or more than n, or n is below 1.
         """
         if not hasattr(model.tokenizer, "tokens_of"):
             raise InversionError(f"{model.source} is told classes and reads no words: take one that draws from text")
+        if not isinstance(text, str):
+            raise InversionError(f"a concept starts from a text, such as 'dog', not from {text!r}")
+        if not isinstance(n, Integral | None):
+            raise InversionError(f"the number of vectors is a whole one, or None, not {n!r}")
         require_new_word(model.tokenizer, placeholder)
         ids = model.tokenizer.tokens_of(text)
         if not ids:

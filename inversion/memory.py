@@ -111,7 +111,7 @@ def cpu_workspace(operation: Any, arguments: tuple[Any, ...]) -> int:
     if operands is None:
         return 0
     maps, weight = operands
-    return weight.nbytes + sum(x.nbytes for x in maps if not channels_last(x))
+    return weight.nbytes + sum(x.nbytes for x in maps if not is_channels_last(x))
 
 
 def cuda_workspace(operation: Any, arguments: tuple[Any, ...]) -> int:
@@ -125,7 +125,7 @@ def cuda_workspace(operation: Any, arguments: tuple[Any, ...]) -> int:
     if operands is None:
         return 0
     maps, weight = operands
-    return sum(x.nbytes for x in (*maps, weight) if not channels_last(x))
+    return sum(x.nbytes for x in (*maps, weight) if not is_channels_last(x))
 
 
 def _convolution(operation: Any, arguments: tuple[Any, ...]) -> tuple[list[Tensor], Tensor] | None:
@@ -143,6 +143,6 @@ def _convolution(operation: Any, arguments: tuple[Any, ...]) -> tuple[list[Tenso
     return None
 
 
-def channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether a feature map lies channels-last in memory."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)

@@ -101,8 +101,11 @@ def read_templates(choice: str) -> list[str]:
 def templates_for(files: Sequence[str | Path], templates: Sequence[str], placeholder: str) -> list[list[str]]:
     """The templates of each image: its caption where a .txt of the same stem lies beside it, else all of them.
 
-    A caption names the word by its placeholder, or by a slot. Raises InversionError for a caption with neither.
+    A caption names the word by its placeholder, or by a slot. Raises InversionError for a caption with neither, and for
+    one template by itself.
     """
+    if isinstance(templates, str):
+        raise InversionError(f"templates are a list of lines: put {templates!r} in brackets")
     found = []
     for file in map(Path, files):
         beside = file.with_suffix(".txt")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +37,7 @@ def test_sigma_max_of_stable_diffusion() -> None:
 
 
 def test_linear_keeps_its_end_at_other_lengths() -> None:
-    assert Schedule("linear", steps=250).betas[0].item() == pytest.approx(4e-4)
+    assert Schedule("linear", steps=np.int64(250)).betas[0].item() == pytest.approx(4e-4)       # of NumPy's, too
     assert Schedule("linear", steps=250).betas[-1].item() == pytest.approx(0.08)
 
 
@@ -121,6 +122,7 @@ def test_snr() -> None:
     [
         (lambda: Schedule("cosine"), "no schedule is called 'cosine'; there are linear"),
         (lambda: Schedule("linear", steps=0), "at least 1, not 0"),
+        (lambda: Schedule("linear", steps=True), "at least 1, not True"),
         (lambda: Schedule("linear", steps=10), "0.01 to 2"),  # the published end times 1000 / 10
         (lambda: Schedule("linear", steps=10, beta_end=1.0), "0.01 to 1$"),
         (lambda: Schedule("linear", beta_start=0.0), "runs from 0 to 0.02"),     # said, and so not the published one

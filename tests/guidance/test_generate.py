@@ -360,6 +360,7 @@ def test_a_model_that_let_its_vae_go_is_refused_before_it_draws() -> None:
 
 def test_a_number_of_numpy_s_is_a_number() -> None:
     given = {"scale": np.float32(3), "steps": np.int64(2), "generator": np.int64(4)}
+    given |= {"height": np.int64(16), "batch_size": np.int64(2)}
     drawn = generate(Model(deviation=0.5), ["0.1"] * 2, **given)
     assert torch.equal(drawn, generate(Model(deviation=0.5), ["0.1"] * 2, scale=3.0, steps=2, generator=4))
 

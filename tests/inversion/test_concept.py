@@ -66,6 +66,14 @@ def test_an_initial_text_of_no_tokens_is_refused(model: LatentModel, text: str) 
         Concept.from_text(model, "<x>", text)
 
 
+def test_what_is_no_text_and_no_number_is_refused(model: LatentModel) -> None:
+    with pytest.raises(InversionError, match="starts from a text, such as 'dog', not from None"):
+        Concept.from_text(model, "<x>", None)
+    for n in (1.5, "2"):
+        with pytest.raises(InversionError, match=f"a whole one, or None, not {n!r}"):
+            Concept.from_text(model, "<x>", "dog", n=n)
+
+
 def test_a_placeholder_that_is_a_word_is_refused(model: LatentModel) -> None:
     with pytest.raises(InversionError, match="'dog' is already a word of the tokenizer.*'<dog>'"):
         Concept.from_text(model, "dog", "cat")
@@ -81,7 +89,7 @@ def test_the_word_that_it_should_be_instead_is_new_too() -> None:
         require_new_word(SimpleNamespace(is_word={"dog", "<dog>"}.__contains__), "dog")
 
 
-@pytest.mark.parametrize("placeholder", ["", " <x>", "<x>\n", "{}"])
+@pytest.mark.parametrize("placeholder", ["", " <x>", "<x>\n", "{}", 5])
 def test_a_placeholder_must_be_findable(placeholder: str) -> None:
     with pytest.raises(InversionError, match="cannot be a placeholder"):
         Concept(placeholder, torch.zeros(1, 4))

@@ -67,6 +67,11 @@ def test_a_caption_replaces_the_templates_of_its_image_alone(tmp_path: Path) -> 
         ]
 
 
+def test_templates_are_no_single_line() -> None:
+    with pytest.raises(InversionError, match=r"a list of lines: put 'a \{\}' in brackets"):
+        templates_for(["1.jpg"], "a {}", "<frida>")
+
+
 def test_a_caption_without_the_word_is_refused(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("a dog on her pillow")
     with pytest.raises(InversionError, match=r"1\.txt does not contain <frida>.*no effect"):
