@@ -63,9 +63,9 @@ def generate(
     height, width   in pixels; None is the model's own resolution. With an upsampler: of what it enlarges.
     generator   a seed, one seed for each prompt, a generator on the CPU, or None for torch's own; the module
                 says what image i gets.
-    concepts    learned words that the prompts and the negatives use; of one that none uses, and of <words> in the
-                prompts that are none of them, a warning is given. An
-                upsampler has a text network of its own: it reads the words that a concept was initialised with.
+    concepts    learned words that the prompts and the negatives use; of one that none uses, and of <words> there that
+                are none of them, a warning is given. An upsampler has a text network of its own: it reads the words
+                that a concept was initialised with.
     image       (3, H, W) or (B, 3, H, W), floats in [-1, 1], to start from instead of noise; for an upsampler by
                 itself, the small image that it enlarges.
     strength    with an image to start from: above 0 and at most 1, the part of the steps that is taken; None is 0.8.
