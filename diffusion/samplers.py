@@ -94,7 +94,8 @@ def ddim(
 def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
     """Euler's method in sigma (Karras et al. 2022, algorithm 1 without its second half). Draws no noise.
 
-    (diffusers 0.42, scheduling_euler_discrete.py, begins its chains with the noise alone, sqrt(1 - alpha_bar) N(0, I).)
+    (diffusers 0.42, scheduling_euler_discrete.py, begins with the noise alone, sqrt(1 - alpha_bar) N(0, I), unless its
+    times are leading.)
     x: (B, C, H, W) at levels[0]. Raises DiffusionError for levels that do not go from noise to clean.
     """
     return ddim(denoise, x, levels, eta=0.0)

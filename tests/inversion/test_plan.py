@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -452,6 +453,8 @@ def test_what_cannot_be_planned() -> None:
             plan(tiny_model(), **wrong)
     with pytest.raises(InversionError, match="for batches of up to 16384, not of 100000000000000000000"):
         plan(tiny_model(), batch_size=10**20)
+    sizes = np.int64(16), np.int64(2)                                       # NumPy's are whole numbers, too
+    assert plan(tiny_model(), *sizes, settings=[SIMPLE]) == plan(tiny_model(), 16, 2, settings=[SIMPLE])
     with pytest.raises(InversionError, match="up to 4096 pixels a side, not of 99999984"):
         plan(tiny_model(), 99_999_984)
     with pytest.raises(ModelError, match="float16 on a CPU"):
