@@ -104,8 +104,9 @@ def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: G
 def euler_ancestral(
     denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None
 ) -> Iterator[State]:
-    """Euler to sigma_down, then noise back up to the next sigma (crowsonkb/k-diffusion, sample_euler_ancestral).
+    """Euler to sigma_down, then noise back up to the next sigma.
 
+    Source: crowsonkb/k-diffusion at 686dbad, sampling.py, sample_euler_ancestral.
     sigma_up² = sigma_s² (sigma_t² - sigma_s²) / sigma_t² is, divided by 1 + sigma_s², DDIM's variance at
     eta = 1. x: (B, C, H, W) at levels[0]. Raises DiffusionError as `ddim`.
     """
@@ -113,7 +114,7 @@ def euler_ancestral(
 
 
 def plms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
-    """Pseudo linear multistep (Liu et al. 2022, equations 9 and 12), as CompVis/latent-diffusion starts it.
+    """Pseudo linear multistep (Liu et al. 2022, equations 9 and 12), started as in CompVis/latent-diffusion at f0c4e09.
 
     The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step.
     The first step has no past and averages eps at both of its ends (Heun), so that n steps ask the network n + 1

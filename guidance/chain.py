@@ -81,7 +81,7 @@ class Chain:
         return images if kept is None else torch.where(kept[1].bool(), kept[0], images)        # PLMS mixes steps
 
     def _denoiser(self, part: slice, small: Tensor | None, kept: tuple[Tensor, Tensor] | None) -> Denoiser:
-        """Guided; at scale 1 or 0 only the half that counts is encoded."""
+        """Guided: the networks see the negative prompts' rows, then the prompts'; at scale 1 or 0 only what counts."""
         model, prompts, negatives = self.model, self.prompts[part], self.negatives[part]
         asked = {0: negatives, 1: prompts}.get(self.scale, negatives + prompts)
         features = model.encode_text(model.tokenizer.encode(asked, self.placeholders), self.extra)

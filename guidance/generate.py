@@ -135,7 +135,10 @@ def _from_there_on(levels: list[Level], image: Tensor | None, strength: float | 
 
 
 def levels_of(model: Model, sampler: str, steps: int | str) -> list[Level]:
-    """The levels that a number of steps means with a model."""
+    """The levels that a number of steps means with a model.
+
+    Raises DiffusionError for a sampler that there is not, and for steps that the schedule has no room for.
+    """
     schedule, spaced = Schedule(**model.schedule), isinstance(model.sampling.steps, str)
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")

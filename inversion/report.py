@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = 8     # of a sheet
+COLUMNS = 8     # of a sheet, at the most
 
 
 def loss_curve(file: str | Path, history: Sequence[dict[str, Any]], caption: tuple[str, float] | None = None) -> None:
@@ -72,9 +72,10 @@ def sheet(file: str | Path, images: Tensor, captions: Sequence[str]) -> None:
     """Draw images (K, 3, H, W) in [-1, 1], each under its caption, into a PNG."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(images) // COLUMNS)
-    figure = Figure(figsize=(1.6 * COLUMNS, 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+    columns = min(len(images), COLUMNS)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions):

@@ -53,8 +53,9 @@ def checkpoint(
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """function(*inputs), whose intermediate results are computed again in the backward pass.
 
-    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value. It
-    may not change them in place: RuntimeError.
+    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value:
+    TypeError for anything else, whose tensors would lose their gradient. It may not change its inputs in place:
+    RuntimeError.
     weights: what else it reads that may need a gradient: the parameters of its module. Anything more that asks for one,
     as what a hook brings along, would get none: RuntimeError in the backward pass. So would what weights are
     made of within torch's `parametrize.cached`, which hands on those of the first, unrecorded run: RuntimeError.
@@ -144,6 +145,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *kept)
         if before != [None if x is None else x._version for x in tensors[:n]]:
             raise RuntimeError("a checkpointed function changed an input in place: its second run would see another")
+        _require_tensors(outputs)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     @staticmethod
@@ -169,6 +171,16 @@ class _Checkpoint(torch.autograd.Function):
             _require_no_other_source(outputs, (*inputs, *saved[n:]))
             found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _require_tensors(outputs: Any) -> None:
+    """Raise TypeError for a value in which autograd would not find the tensors."""
+    for y in outputs if isinstance(outputs, tuple | list) else (outputs,):
+        if not isinstance(y, Tensor | None):
+            raise TypeError(
+                f"a checkpointed function, or a hook that changes what it gives, gives a {type(y).__name__} where a "
+                "tensor or a tuple of tensors is needed: tensors in it would get no gradient"
+            )
 
 
 def _require_no_other_source(outputs: Iterable[Tensor], known: Iterable[Tensor | None]) -> None:

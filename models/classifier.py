@@ -23,7 +23,10 @@ from models.unet import Descent, UNetConfig
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """A classifier in numbers. descent: the way down, whose out_channels are the classes. image_size: in pixels."""
+    """A classifier in numbers. descent: the way down, whose out_channels are the classes. image_size: in pixels.
+
+    Raises ModelError for a size that the way down cannot halve.
+    """
 
     descent: UNetConfig
     image_size: int

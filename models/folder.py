@@ -63,6 +63,8 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
     for other in OTHER_FAMILIES:
         if (folder / other).exists():
             raise ModelError(f"{folder} has a {other}: it is not a Stable Diffusion 1.x or 2.x model")
+    if folder.name in STEMS and not (folder / "unet").exists() and (folder.parent / "unet").exists():
+        raise ModelError(f"{folder} is one network of a model: name the folder that it lies in, {folder.parent}")
     if not (folder / "unet").exists() and (inside := _models_in(folder)):
         raise ModelError(f"{folder} is no model, and holds {len(inside)} that may be: name one of them, as {inside[0]}")
     files = {part: folder / part / "config.json" for part in STEMS}

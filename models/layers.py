@@ -197,7 +197,10 @@ def plus(branch: Tensor, x: Tensor) -> Tensor:
 
 
 def for_each(x: Tensor, told: Tensor) -> Tensor:
-    """x (b, …), repeated as a whole to the length of what it is told, (k b, …): (k b, …)."""
+    """x (b, …), repeated as a whole to the length of what it is told, (k b, …): (k b, …).
+
+    Raises ModelError unless that is a multiple of b.
+    """
     if len(x) == len(told):
         return x
     if not len(x) or len(told) % len(x):

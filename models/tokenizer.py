@@ -180,7 +180,10 @@ def padded(rows: list[list[int]], length: int, pad: int, cut: list[str]) -> Toke
 
 
 def placeholder_pattern(placeholders: Mapping[str, int]) -> re.Pattern[str] | None:
-    """What splits a prompt at its placeholders: the longest first, and none within a word."""
+    """What splits a prompt at its placeholders: the longest first, and none within a word.
+
+    Raises ModelError for one without a name, or of no vectors.
+    """
     for name, count in placeholders.items():
         if not name.strip() or count < 1:
             raise ModelError(f"a placeholder needs a name and at least one vector; got {name!r} with {count}")

@@ -46,6 +46,9 @@ class UNetConfig:
     num_classes: how many have a vector that can be added to the time's, or None.
     norm_groups: of every group norm; 32 in all published networks. Where that leaves a group one channel, the norm
     erases the channel's mean, and the network can say nothing of an image's mean colour.
+
+    Raises ModelError for both or none of num_heads and head_channels, for an attention that there is not, and for a
+    level whose channels no head or group divides.
     """
 
     in_channels: int = 4

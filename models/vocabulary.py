@@ -123,7 +123,10 @@ def write(folder: Path, vocabulary: Vocabulary, length: int, pad: str) -> None:
 
 
 def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
-    """A `tokenizers.Tokenizer` that composes (NFC), lower-cases, cuts text by CLIP's pattern and merges bytes."""
+    """A `tokenizers.Tokenizer` that composes (NFC), lower-cases, cuts text by CLIP's pattern and merges bytes.
+
+    Raises ModelError for merges of what the vocabulary does not hold.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     try:

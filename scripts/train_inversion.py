@@ -214,6 +214,8 @@ def progress(token: str, steps: int, output: Path) -> Iterator[Callable[[StepRep
 
         try:
             yield on_step
+            if not bar.n:                                                 # a resumed run that had ended
+                bar.set_postfix_str("it had learned to the end")
         except KeyboardInterrupt:
             bar.write(f"interrupted; continue with --resume {output}")
             raise

@@ -325,6 +325,19 @@ def test_a_list_of_outputs_is_as_good_as_a_tuple() -> None:
     assert x.grad.tolist() == [7, 9]
 
 
+@pytest.mark.parametrize(
+    ("give", "found"),
+    [(lambda y: {"y": y}, "dict"), (lambda y: (y, [y]), "list"), (lambda y: (x for x in (y,)), "generator")],
+)
+def test_outputs_that_would_lose_their_gradient_are_an_error(give: Callable[[Tensor], Any], found: str) -> None:
+    x = numbers(3).requires_grad_()
+    with pytest.raises(TypeError, match=f"gives a {found}.* where a tensor or a tuple of tensors is needed"):
+        checkpoint(lambda x: give(x.sin()), x)
+    assert checkpoint(lambda x: (x.sin(), None), x)[1] is None
+    with torch.no_grad():
+        checkpoint(lambda x: give(x.sin()), x)                  # nothing is lost where nothing has a gradient
+
+
 def test_a_level_that_there_is_not() -> None:
     model = tiny_model()
     model.checkpointing = "block"

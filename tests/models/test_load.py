@@ -345,6 +345,11 @@ class TestFolders:
             with pytest.raises(ModelError, match=r"runs is no model, and holds 1 that may be: .* as .*runs/b\.ckpt$"):
                 each(above)
 
+    def test_one_network_s_folder_is_no_model_and_that_around_it_is_named(self, copy: Path) -> None:
+        for part in ("unet", "vae", "text_encoder"):
+            with pytest.raises(ModelError, match=f"/{part} is one network of a model: name the folder .* {copy}$"):
+                models.load(copy / part)
+
     def test_a_missing_weight_is_named(self, copy: Path) -> None:
         file = copy / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = load_file(file)

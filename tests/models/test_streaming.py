@@ -152,6 +152,15 @@ def test_images_are_encoded_and_decoded_by_a_visitor() -> None:
         found.moments(images)
 
 
+def test_what_no_layer_holds_goes_to_the_device() -> None:
+    """Where the dtype is the same, too; the layers' weights wait where they are."""
+    model = tiny_model()
+    waiting = {id(p) for layer in model.unet.layers() for p in parameters_of(layer)}
+    place(model, STREAM, torch.device("meta"))
+    found = {(id(p) in waiting, p.device.type) for p in model.unet.parameters()}
+    assert found == {(True, "cpu"), (False, "meta")}
+
+
 def test_an_upsampler_waits_as_its_base_does() -> None:
     base, wanted = tiny_glide(), tiny_glide(factor=2)
     base.upsampler = tiny_glide(factor=2)

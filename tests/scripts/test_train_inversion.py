@@ -377,6 +377,7 @@ def test_what_cannot_be_resumed_is_refused(
     script.main(script.Config(resume=config.output))
     assert "0/2" in (bar := capsys.readouterr().err)  # the bar of a finished run never moves
     assert "2/2" not in bar
+    assert "it had learned to the end" in bar
 
 
 def test_flags_are_read_as_they_were_written(
