@@ -27,13 +27,15 @@ class Prediction:
 
     x0, eps: (B, C, H, W), consistent with x_t. var_frac: (B, C, H, W) or None, where the variance lies
     between the posterior's (0) and beta (1) on a log scale; a network's raw output u in [-1, 1] is (u + 1)
-    / 2. guide: (B, C, H, W) or None, s · ∇ log p(y | x_t), taken at x_t.
+    / 2. guide: (B, C, H, W) or None, s · ∇ log p(y | x_t), taken at x_t. clipped: x_0 was brought into [-1, 1], and
+    is by `with_eps` again.
     """
 
     x0: Tensor
     eps: Tensor
     var_frac: Tensor | None = None
     guide: Tensor | None = None
+    clipped: bool = False
 
     @classmethod
     def from_eps(cls, x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> "Prediction":
@@ -80,9 +82,18 @@ class Prediction:
         eps = self.eps if level.alpha_bar == 1 else Prediction.from_x0(x_t, x0, level.alpha_bar).eps
         return replace(self, x0=x0, eps=eps)
 
+    def with_eps(self, x_t: Tensor, eps: Tensor, level: Level) -> "Prediction":
+        """Another eps, as a sampler makes it of several, and the x_0 that goes with it; what was clipped is clipped
+        anew: where alpha_bar is small, a little of eps is much of x_0.
+
+        x_t, eps: (B, C, H, W). A variance and a guide are kept. Raises DiffusionError at alpha_bar = 0.
+        """
+        found = replace(self, x0=Prediction.from_eps(x_t, eps, level.alpha_bar).x0, eps=eps)
+        return found.clamped(x_t, level) if self.clipped else found
+
     def clamped(self, x_t: Tensor, level: Level) -> "Prediction":
         """x_0 clipped to [-1, 1] (pixels, not latents), see `with_x0`. x_t: (B, C, H, W)."""
-        return self.with_x0(x_t, self.x0.clamp(-1, 1), level)
+        return replace(self.with_x0(x_t, self.x0.clamp(-1, 1), level), clipped=True)
 
     def guided(self, x_t: Tensor, level: Level) -> "Prediction":
         """The guide folded into the score (Dhariwal & Nichol 2021, algorithm 2); unchanged without one.
@@ -97,7 +108,8 @@ class Prediction:
                 "end: begin where there is less noise, or take ancestral steps (ddpm), which shift their mean instead"
             )
         eps = self.eps - (1 - level.alpha_bar) ** 0.5 * self.guide
-        return replace(self, x0=Prediction.from_eps(x_t, eps, level.alpha_bar).x0, eps=eps, guide=None)
+        x0 = Prediction.from_eps(x_t, eps, level.alpha_bar).x0                       # which is clipped nowhere any more
+        return replace(self, x0=x0, eps=eps, guide=None, clipped=False)
 
 
 class Denoiser(Protocol):

@@ -101,10 +101,17 @@ def variational_bound(
 
     predicted, x0, x_t: (B, C, H, W), x_0 as a network has it and as it is, in [-1, 1]. var_frac: the same shape, where
     the variance lies, 0 to 1, see `Prediction`. t: (B,) int64. Returns (B,) float32 (or float64). Raises DiffusionError
-    for a time that the schedule does not have, and for a schedule that begins clean, where a variance would be 0.
+    for a time that the schedule does not have, and for a schedule that begins clean or has two times of one noise,
+    since a variance would be 0.
     """
     if schedule.alphas_bar[0] == 1:
         raise DiffusionError("a variational bound needs noise at every time; this schedule begins with alpha_bar = 1")
+    if not schedule.betas.all():
+        same = int((schedule.betas == 0).nonzero()[0])
+        raise DiffusionError(
+            f"a variational bound needs noise added at every time; this schedule has alpha_bar "
+            f"{schedule.alphas_bar[same]:g} at time {same} as at the one before"
+        )
     predicted, var_frac, x0, x_t = (_wide(each) for each in (predicted, var_frac, x0, x_t))
     now, before = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)
     t_kept = t.clamp(min=1)  # the posterior at t = 0 has no variance: the published objective takes t = 1

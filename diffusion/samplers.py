@@ -13,7 +13,8 @@ is DDIM with eta = 0 (Song et al. 2021, equation 13), and Euler ancestral is DDI
 formulas, which stay finite at infinite sigma; the names differ in the times that they usually visit.
 
 Randomness: `generator` is a CPU torch.Generator, or one for each sample of the batch, or None for torch's own. Noise is
-drawn on the CPU in float32 (float64 if x is) and moved, so that a seed means the same on every device.
+drawn on the CPU in float32 (float64 if the chain begins in it) and moved, so that a seed means the same on every
+device, and whatever the network answers in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -64,10 +65,11 @@ def ddpm(
     sampler, and as `ddpm_step` and `draw` do.
     """
     _check(levels)
+    wide = x.dtype == torch.float64
     below = posterior_variance(levels[-3].alpha_bar, levels[-2].alpha_bar) if len(levels) > 2 else TINY
     for index, (level, lower) in enumerate(zip(levels, levels[1:])):
         prediction = denoise(x, level)
-        noise = _noise(x, generator)
+        noise = _noise(x, generator, wide)
         chosen = variance or ("small" if prediction.var_frac is None else "learned")
         floor = below if lower.alpha_bar == 1 else TINY
         x = ddpm_step(x, prediction, level, lower, noise, chosen, floor)
@@ -84,9 +86,10 @@ def ddim(
     _check(levels)
     if not 0 <= eta <= 1:
         raise DiffusionError(f"eta lies between 0 (deterministic) and 1 (ancestral), not at {eta:g}")
+    wide = x.dtype == torch.float64
     for index, (level, lower) in enumerate(zip(levels, levels[1:])):
         prediction = denoise(x, level)
-        noise = _noise(x, generator) if eta > 0 else None
+        noise = _noise(x, generator, wide) if eta > 0 else None
         x = ddim_step(x, prediction, level, lower, eta, noise)
         yield State(index, len(levels) - 1, lower, x, prediction)
 
@@ -133,7 +136,7 @@ def plms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Ge
             if len(past) == 1 and index < len(levels) - 2:
                 x_end = ddim_step(x, prediction, level, lower)
                 eps = (eps + denoise(x_end, lower).guided(x_end, lower).eps) / 2
-            prediction = Prediction.from_eps(x, eps, level.alpha_bar)
+            prediction = prediction.with_eps(x, eps, level)
         x = ddim_step(x, prediction, level, lower)
         yield State(index, len(levels) - 1, lower, x, prediction)
 
@@ -173,9 +176,8 @@ def last(states: Iterator[State]) -> Tensor:
     return x
 
 
-def _noise(x: Tensor, generator: Generators) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return draw(x.shape, generator, dtype).to(x.dtype).to(x.device)
+def _noise(x: Tensor, generator: Generators, wide: bool) -> Tensor:
+    return draw(x.shape, generator, torch.float64 if wide else torch.float32).to(x.dtype).to(x.device)
 
 
 def _adams_bashforth(past: Sequence[Tensor]) -> Tensor:

@@ -174,4 +174,6 @@ def _time_of(sigma: float, table: list[float]) -> float:
         return 0.0
     above = min(max(bisect.bisect_right(table, sigma), 1), len(table) - 1)
     low, high = math.log(table[above - 1]), math.log(table[above])
+    if low == high:                                 # the last two times of a table of one's own are alike
+        return float(above)
     return above - 1 + min(max((math.log(sigma) - low) / (high - low), 0.0), 1.0)

@@ -98,7 +98,7 @@ class Chain:
         return denoise if kept is None else keeping(denoise, *kept)
 
     def _first(self, part: slice, streams: list[torch.Generator]) -> Tensor:
-        """x at the first level: N(0, I), or a draw of q(x_t | x_0) of the images."""
+        """x at the first level: N(0, I), or a draw of q(x_t | x_0) of the images. In float32: so is all noise then."""
         model, level = self.model, self.levels[0]
 
         def noise() -> Tensor:
@@ -107,7 +107,7 @@ class Chain:
         if self.image is None:
             return model.sampling.noise * noise()
         x0 = model.draw_x0(model.moments(self.image[part].to(model.device)), noise())
-        return level.alpha_bar**0.5 * x0 + (1 - level.alpha_bar) ** 0.5 * noise()
+        return (level.alpha_bar**0.5 * x0 + (1 - level.alpha_bar) ** 0.5 * noise()).float()
 
 
 def clamped(denoise: Denoiser) -> Denoiser:

@@ -60,8 +60,10 @@ def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         prediction = both(torch.cat([x_t, x_t]), level)                                        # (2B, C, h, w)
-        halves = ((None, None) if field is None else field.chunk(2) for field in vars(prediction).values())
-        null, conditional = (Prediction(*fields) for fields in zip(*halves))                   # (B, C, h, w) each
+        halves = {name: field.chunk(2) for name, field in vars(prediction).items() if isinstance(field, Tensor)}
+        null, conditional = (
+            replace(prediction, **{name: half[i] for name, half in halves.items()}) for i in (0, 1)
+        )                                                                                      # (B, C, h, w) each
         return combine(conditional, null, scale)
 
     return denoise
@@ -73,4 +75,4 @@ def combine(conditional: Prediction, null: Prediction, scale: float) -> Predicti
     That is GLIDE's choice for the variance (openai/glide-text2im at 69b5307, its text2im notebook).
     """
     x0, eps = (n + scale * (c - n) for c, n in ((conditional.x0, null.x0), (conditional.eps, null.eps)))
-    return replace(conditional, x0=x0, eps=eps)
+    return replace(conditional, x0=x0, eps=eps, clipped=False)

@@ -101,13 +101,16 @@ def require_two_sides(model: Any, scale: float) -> None:
 def in_plain_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """Prompts with every learned word replaced by the words that it started from, or nothing."""
     plain = {concept.placeholder: getattr(concept, "metadata", {}).get("init", "") for concept in concepts}
-    if not plain:
-        return list(prompts)
-    # as a tokenizer does: the longest first, and none within a word
+    words = _whole(plain)
+    return [words.sub(lambda found: plain[found[0]], prompt) for prompt in prompts]
+
+
+def _whole(placeholders: Iterable[str]) -> re.Pattern[str]:
+    """What finds learned words as a tokenizer does: the longest first, and none within a word."""
     edge = {True: r"(?!(?<=\w)\w)", False: ""}           # not between two characters of words
-    names = sorted(plain, key=len, reverse=True)
+    names = sorted(placeholders, key=len, reverse=True)
     whole = [edge[bool(re.match(r"\w", n))] + re.escape(n) + edge[bool(re.search(r"\w\Z", n))] for n in names]
-    return [re.sub("|".join(whole), lambda found: plain[found[0]], prompt) for prompt in prompts]
+    return re.compile("|".join(whole) or r"(?!)")        # of none, nothing
 
 
 def streams(generator: Randomness, count: int) -> list[torch.Generator]:
@@ -144,7 +147,8 @@ def warn_of_words(concepts: Sequence[Concept], texts: Iterable[str]) -> None:
     or not given, they are read as letters.
     """
     texts, given = list(texts), [each.placeholder for each in concepts]
-    unused = [word for word in given if not any(word in text for text in texts)]
+    used = {word for text in texts for word in _whole(given).findall(text)}
+    unused = [word for word in given if word not in used]
     found = [word for text in texts for word in WORD.findall(text) if not any(each in word for each in given)]
     said = []
     if unused:

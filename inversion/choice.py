@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from inversion.errors import InversionError
-from inversion.sizes import size
+from inversion.sizes import parsed, size
 from models import Setting
 from models.attend import best_kind
 from models.processor import cpu_has_bfloat16
@@ -60,11 +60,13 @@ def settings_for(device: torch.device, **fixed: Any) -> list[Setting]:
     return found
 
 
-def fastest(planned: Sequence[Planned], budget: int) -> Planned:
-    """The fastest of the settings that fit a budget of bytes: of the first dtype with any, the one of least cost.
+def fastest(planned: Sequence[Planned], budget: int | str) -> Planned:
+    """The fastest of the settings that fit a budget: of the first dtype with any, the one of least cost.
 
-    Raises InversionError if none does, naming the smallest and what it needs, and for no settings.
+    budget: bytes, or a size as people write it, "6GiB". Raises InversionError if none fits, naming the smallest and
+    what it needs, for no settings, and for a text that is no size.
     """
+    budget = parsed(budget) if isinstance(budget, str) else budget
     if not planned:
         raise InversionError("of no settings none is the fastest: plan some")
     fits = [each for each in planned if each.peak <= budget]
@@ -75,7 +77,7 @@ def fastest(planned: Sequence[Planned], budget: int) -> Planned:
             given, needed = f"{budget} bytes", f"{least.peak}"
         raise InversionError(
             f"{given} are too small for every setting: the smallest, {least.setting}, needs {needed}; "
-            f"raise the budget, or take a smaller resolution or batch"
+            "raise the budget, allow more settings, or take a smaller resolution or batch"
         )
     same, least = [each for each in fits if each.setting.dtype == fits[0].setting.dtype], min(e.cost for e in planned)
     return min(same, key=lambda each: round(each.cost / least, 2))      # of equals the first

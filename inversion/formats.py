@@ -14,6 +14,7 @@ one class added to what it allows. A file with one tensor is what diffusers, AUT
 accept (a second tensor breaks two of them), so all else is written into the safetensors metadata.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,25 @@ def write_embedding(path: Path, word: str, vectors: Tensor, metadata: Mapping[st
     with replacing(path) as beside:
         said = {str(key): str(value) for key, value in metadata.items()} | {"format": "pt"}
         beside.write_bytes(save({word: vectors.detach().cpu().contiguous()}, said))
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Raise InversionError unless a folder, or the one that it would be made in, can be written to.
+
+    what: that should be chosen otherwise if it cannot.
+    """
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    is_a = "read-only" if above.is_dir() else "a file"
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InversionError(f"nothing can be written to {folder}, {above} being {is_a}: choose another {what}")
+
+
+def require_place(path: Path) -> None:
+    """Raise InversionError for a file that a learned word cannot be written to, of which training is to end in it."""
+    require_name(path)
+    if path.is_dir():
+        raise InversionError(f"{path} is a folder: name a file, such as {path / 'word.safetensors'}")
+    require_writable(path.absolute().parent, "file")
 
 
 def require_name(path: Path) -> None:

@@ -58,7 +58,8 @@ def random_batch(
     chosen = [templates[i][c % len(templates[i])] for i, c in zip(which.tolist(), choice.tolist())]
     strata = torch.rand(size, generator=generator, dtype=torch.float64) + torch.arange(size)
     t = (strata * (steps / size)).long().clamp(max=steps - 1)  # (B,)
-    draw, noise = (torch.randn(size, *shape, generator=generator) for _ in range(2))  # (B, C, h, w)
+    how = {"generator": generator, "dtype": torch.float32}
+    draw, noise = (torch.randn(size, *shape, **how) for _ in range(2))  # (B, C, h, w)
     return Batch(moments[which], chosen, t, draw, noise)
 
 
@@ -69,8 +70,8 @@ def denoising_loss(model: Any, schedule: Schedule, batch: Batch, word: str, conc
     """
     device = model.device
     features = encode_prompts(model, [line.replace(SLOT, word) for line in batch.templates], concept)
-    noise, t = batch.noise.to(device), batch.t.to(device)
-    x0 = model.draw_x0(batch.moments.to(device), batch.draw.to(device))  # (B, C, h, w)
+    x0, t = model.draw_x0(batch.moments.to(device), batch.draw.to(device)), batch.t.to(device)  # (B, C, h, w), (B,)
+    noise = batch.noise.to(x0)                                                  # float64 where x_0 is
     x_t = schedule.q_sample(x0, t, noise)
     output = model.predict(x_t, t, features)[:, : x0.shape[1]]                  # without a learned variance
     return mse(output, target(schedule, model.prediction, x0, t, noise))

@@ -39,7 +39,8 @@ def plan(
 ) -> list[Planned]:  # fmt: skip
     """What a training would take: one entry a setting, in the settings' order.
 
-    model: a model, or what `models.load` takes; weights need not be there. resolution: side of the images in pixels,
+    model: a model, or what `models.load` takes; weights need not be there, and of layers of one's own nothing is known:
+    it is planned as its configuration tells. resolution: side of the images in pixels,
     None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
     None for all that make sense on the device, see `settings_for`.
 
@@ -56,8 +57,12 @@ def one_by_one(
 ) -> Iterator[Planned]:
     """The entries of `plan`, each planned when it is asked for; arguments and errors as there."""
     shell, device, side = _asked(model, device, resolution, batch_size)
+    wanted = settings_for(device) if settings is None else settings
+    listed = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if isinstance(wanted, Setting) or not all(isinstance(each, Setting) for each in listed):
+        raise InversionError(f"settings are a list of models.Setting, not {wanted!r}")
     encoding = cache(partial(_encoding, shell, device, side))
-    for setting in settings_for(device) if settings is None else settings:
+    for setting in listed:
         yield _predicted(shell, setting, device, side, batch_size, *encoding(_encodes(setting)))
 
 
@@ -90,6 +95,8 @@ def _asked(
 ) -> tuple[Any, torch.device, int]:
     """The arguments of `plan`, understood: a model without weights, the device, the side of its images."""
     device = choose_device(device, must_be_there=False)
+    if not isinstance(model, str | Path) and not hasattr(model, "networks"):
+        raise ModelError(f"a plan is of a model, or of what models.load takes, not of {model!r}")
     shell = without_weights(outline(model) if isinstance(model, str | Path) else model)
     if not shell.width:
         raise ModelError(f"{shell.source} is told classes: it reads no text, and so no word can be taught to it")

@@ -19,6 +19,7 @@ import torch
 
 from inversion.concept import Concept, require_new_word
 from inversion.errors import InversionError
+from models.tokenizer import placeholder_pattern
 
 SLOT = "{}"
 
@@ -113,12 +114,13 @@ def templates_for(files: Sequence[str | Path], templates: Sequence[str], placeho
             found.append(list(templates))
             continue
         caption = " ".join(_read_text(beside).split())
-        if SLOT not in caption and placeholder not in caption:
+        word = placeholder_pattern({placeholder: 1})
+        if SLOT not in caption and not word.search(caption):
             raise InversionError(
                 f"the caption in {beside} does not contain {placeholder}, so the word would have no effect: "
                 f"write {placeholder} where it belongs"
             )
-        found.append([caption.replace(placeholder, SLOT)])
+        found.append([word.sub(SLOT, caption)])
     return found
 
 

@@ -12,7 +12,7 @@ from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
 from inversion.exhaustion import advice, is_out_of_memory
-from inversion.formats import require_name
+from inversion.formats import require_place
 from inversion.interruption import unbroken
 from inversion.training import DEFAULTS, StepReport, Training
 
@@ -43,14 +43,14 @@ def train(
     of the training, FILE.training.pt: at every checkpoint, at the end, and before any interruption (Ctrl-C
     too) is passed on. resume: continue from that state. on_step: called after each step.
 
-    Raises what `Training` does, and InversionError when there is nothing to resume, for a file named as a pickle, and
-    when a device runs out of memory, naming the next cheaper setting.
+    Raises what `Training` does, and InversionError when there is nothing to resume, for a file that is named as a
+    pickle or cannot be written, and when a device runs out of memory, naming the next cheaper setting.
     """
     if resume and file is None:
         raise InversionError("there is nothing to resume: say which file the interrupted training writes")
     file = None if file is None else Path(file)
     if file is not None:
-        require_name(file)
+        require_place(file)
     there = _changed(file)
     try:
         training = _trained(model, concept, images, templates, config, file, resume, keep_encoder, on_step)

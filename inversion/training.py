@@ -68,6 +68,11 @@ class Training:
         self, model: Any, concept: Concept, images: Tensor, templates: Sequence[Sequence[str]],
         config: TrainConfig = DEFAULTS, keep_encoder: bool = False,
     ) -> None:  # fmt: skip
+        if not isinstance(images, Tensor):
+            found = type(images).__name__
+            raise InversionError(f"images are a tensor (N, 3, H, W), as read_images makes it, not a {found}")
+        if isinstance(templates, str):
+            raise InversionError(f"templates are N lists of lines, one for every image, not {templates!r}")
         if images.ndim != 4 or not images.numel() or len(templates) != len(images):
             raise InversionError(
                 f"images (N, 3, H, W) and N lists of templates are needed: got {tuple(images.shape)} and "
@@ -216,7 +221,7 @@ class Training:
         """What must be equal for a training to be continued."""
         run = asdict(self.config) | {"placeholder": self.concept.placeholder, "family": self.model.family}
         run |= {"images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
-        run |= {"templates": _hash(str(self.templates)), "dtype": str(self.model.dtype)}
+        run |= {"templates": _hash(str([list(lines) for lines in self.templates])), "dtype": str(self.model.dtype)}
         network = getattr(self.model, "unet", None)
         last = [] if network is None else list(network.parameters())[-1:]   # no two trained networks have it in common
         said = f"{self.model.prediction} {sorted(self.model.schedule.items())} {[_hash(p) for p in last]}"
@@ -236,5 +241,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def _hash(content: Tensor | str) -> str:
-    data = content.encode() if isinstance(content, str) else content.detach().cpu().double().numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
+    found = hashlib.sha256(content.encode() if isinstance(content, str) else b"")
+    for some in () if isinstance(content, str) else content.detach().flatten().split(2**20):      # many images are much
+        found.update(some.cpu().double().numpy())
+    return found.hexdigest()[:16]

@@ -28,12 +28,12 @@ def unchanged(first: Sequence[Seen], module: nn.Module) -> bool:
 
 class FirstRun:
     """A module as it is now, which a second run, for the gradient, has to find so: its weights, and which of them are
-    trained, and what calls it.
+    trained, its buffers, and what calls it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.weights, self.calls = module, seen(module), calls(module)
-        self.trained = trained(self.weights)
+        self.trained, self.buffers = trained(self.weights), [Seen(each) for each in module.buffers()]
 
     def require_unchanged(self) -> None:
         """Raise RuntimeError unless it is: the second run would not be that of the first."""
@@ -42,6 +42,9 @@ class FirstRun:
             changed = "hooks or layers were put in, taken out or replaced, or train and eval changed,"
         if not changed and trained(self.weights) != self.trained:
             changed = "weights were frozen or unfrozen,"
+        now = list(self.module.buffers())
+        if not changed and not (len(now) == len(self.buffers) and all(map(Seen.is_still, self.buffers, now))):
+            changed = "buffers were changed, as layers that train do to their own that average what they see,"
         if changed:
             raise RuntimeError(
                 f"{changed} between a forward and its backward pass, which computes once more: change nothing before "

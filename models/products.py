@@ -59,7 +59,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        y = product(x, weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)      # oneDNN's is a view, and could not be changed in place
 
     @staticmethod
     @once_differentiable

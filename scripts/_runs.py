@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inversion import InversionError
+from inversion.formats import require_writable
 from models.replacing import replacing
 
 FLAGS = "run.json"
@@ -24,7 +25,7 @@ def new_folder(output: Path | None, name: str, resume: str = "") -> Path:
     Raises InversionError if anything is there, or nothing can be written there.
     """
     folder = output or Path("outputs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}"     # two may start in one second
-    _require_writable(folder, "--output")
+    require_writable(folder, "--output")
     if folder.exists() and any(folder.iterdir()):
         go_on = f", or, if it is an interrupted run, continue it with {resume}" if resume else ""
         raise InversionError(f"{folder} already holds something: choose another --output{go_on}")
@@ -40,15 +41,7 @@ def require_place(**files: Path | None) -> None:
         if file is not None and file.is_dir():
             raise InversionError(f"--{flag} {file} is a folder: name a file, such as {file / flag}")
         if file is not None:
-            _require_writable(file.absolute().parent, f"--{flag}")
-
-
-def _require_writable(folder: Path, flag: str) -> None:
-    """Raise InversionError unless a folder, or the one that it would be made in, can be written to."""
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    what = "read-only" if above.is_dir() else "a file"
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InversionError(f"nothing can be written to {folder}, {above} being {what}: choose another {flag}")
+            require_writable(file.absolute().parent, f"--{flag}")
 
 
 def save_flags(folder: Path, config: Any) -> None:

@@ -73,23 +73,18 @@ class Config:
 
 
 def read_concepts(files: tuple[str, ...], model: Model, texts: tuple[str, ...]) -> list[Concept]:
-    """The learned words, each of which must stand in one of the texts. Warns of <words> that nobody learned."""
+    """The learned words, each of which must stand in one of the texts."""
     named = [word_and_file(file) for file in files]
     concepts = [Concept.load(file, model.width, word, model.family) for word, file in named]
     for word in (concept.placeholder for concept in concepts if model.tokenizer.is_word(concept.placeholder)):
         shadowed = f"the learned word {word} takes the place of the model's own {word!r}: rename it by '<{word}>=FILE'"
         warnings.warn(shadowed, UserWarning, stacklevel=2)
-    known = {concept.placeholder for concept in concepts}
-    for word in known:
+    for word in {concept.placeholder for concept in concepts}:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                            # of what is cut off drawing warns, too
             tokens = model.tokenizer.encode(texts, {word: 1})
         if not ((tokens.ids >= model.tokenizer.vocab_size).any() or any(word in cut for cut in tokens.cut)):
             raise GuidanceError(f"no prompt has the learned word {word}: write it into one")
-    unknown = {word for text in texts for word in re.findall(r"<[^<>\s]+>", text)} - known
-    if unknown:
-        words = ", ".join(sorted(unknown))
-        warnings.warn(f"{words}: no --concept file has it, so it is read as letters", UserWarning, stacklevel=2)
     return concepts
 
 
@@ -134,6 +129,8 @@ def main(config: Config) -> None:
     output = new_folder(config.output, "samples")
     if config.count < 1:
         raise GuidanceError(f"--count is at least 1, not {config.count}")
+    if not config.prompt:
+        raise GuidanceError("--prompt names nothing to draw: give at least one text")
     images: list[Tensor] = []
     for image in (image for batch in draw(config) for image in batch):
         i, j = divmod(len(images), config.count)

@@ -104,3 +104,14 @@ def test_an_answer_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     x_t = torch.zeros(2, 2, 4, 4)
     with pytest.raises(DiffusionError, match=r"answers x_t \(2, 2, 4, 4\) alike"):
         predict("epsilon", x_t, torch.zeros(shape), 0.5)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_another_eps_brings_its_x0(clip: bool) -> None:
+    x_t, eps, level = 3 * torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5), Level(3, 0.25)
+    given = replace(Prediction(x_t, x_t), guide=x_t, var_frac=eps)
+    found = (given.clamped(x_t, level) if clip else given).with_eps(x_t, eps, level)
+    x0 = (3 - 0.75**0.5 * 0.5) / 0.5
+    assert (found.guide is x_t, found.var_frac is eps, found.clipped) == (True, True, clip)
+    torch.testing.assert_close(found.x0, torch.full_like(x_t, 1.0 if clip else x0))
+    torch.testing.assert_close(0.5 * found.x0 + 0.75**0.5 * found.eps, x_t)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusion import (
     DiffusionError,
@@ -14,6 +15,7 @@ from diffusion import (
     mse,
     variational_bound,
 )
+from diffusion.objective import _normal_cdf
 from diffusion.posterior import posterior_variance
 
 
@@ -180,3 +182,16 @@ def test_a_schedule_that_begins_clean_has_no_bound() -> None:
     schedule.alphas_bar = [1.0, 0.5, 0.2, 0.1]
     with pytest.raises(DiffusionError, match="begins with alpha_bar = 1"):
         hybrid_loss(schedule, torch.zeros(2, 6, 4, 4), x0, torch.tensor([1, 2]), x0, "v_prediction")
+
+
+def test_the_normal_distribution_is_that_of_gelu() -> None:
+    """torch's GELU has the same approximation, x cdf(x)."""
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    torch.testing.assert_close(x * _normal_cdf(x), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-12)    # float64
+
+
+def test_two_times_of_one_noise_have_no_bound() -> None:
+    schedule, x = Schedule("scaled_linear", steps=4), torch.zeros(1, 1, 2, 2)
+    schedule.alphas_bar = [0.9, 0.5, 0.5, 0.1]
+    with pytest.raises(DiffusionError, match=r"added at every time; this schedule has alpha_bar 0.5 at time 2 as"):
+        variational_bound(schedule, x, x, x, x, torch.tensor([2]))

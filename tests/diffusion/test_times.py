@@ -1,6 +1,7 @@
 """Lists of times, against diffusers for every number of steps, and against GLIDE's."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,18 @@ def test_a_schedule_of_one_time() -> None:
 def test_refused(make: object, sentence: str) -> None:
     with pytest.raises(DiffusionError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("name", ["squaredcos_cap_v2", "scaled_linear"])
+def test_a_time_between_two_is_where_the_logarithm_of_sigma_is(name: str) -> None:
+    schedule = Schedule(name)
+    logs = [math.log(schedule.level(t).sigma) for t in range(schedule.steps)]
+    levels = karras(schedule, 30)[:-1]
+    wanted = np.interp([math.log(level.sigma) for level in levels], logs, range(schedule.steps))
+    assert [level.t for level in levels] == pytest.approx(list(wanted), abs=0.5)     # its times are rounded
+
+
+def test_karras_over_a_table_that_ends_with_two_alike() -> None:
+    schedule = Schedule("scaled_linear", steps=10)
+    schedule.alphas_bar = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
+    assert [level.t for level in karras(schedule, 4)][::4] == [9, -1]

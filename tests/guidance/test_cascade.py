@@ -13,6 +13,7 @@ from guidance.chain import keeping
 from guidance.generate import levels_of
 from inversion import Concept
 from models.noisy_clip import NoisyClip, NoisyClipConfig
+from models.pixels import GivenImages
 from tests.tiny import randomise, tiny_glide, tiny_model
 
 
@@ -403,3 +404,22 @@ class TestGradient:
 
 def test_levels_of_stable_diffusion_are_what_they_were() -> None:
     assert levels_of(tiny_model(), "ddpm", 4)[0] == Schedule("scaled_linear").level(751)
+
+
+def test_what_is_kept_is_known_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only put in at the end: the rest is drawn to go with it."""
+    image, mask, seen, predict = picture(16), torch.zeros(16, 16), [], GivenImages.predict
+    mask[4:, :10] = 1
+
+    def record(given: GivenImages, x_t: Tensor, t: Tensor, features: object) -> Tensor:
+        seen.append(x_t[0])
+        return predict(given, x_t, t, features)
+
+    monkeypatch.setattr(GivenImages, "predict", record)
+    model, kept = tiny_glide(inpaints=True), mask.bool().expand(3, 16, 16)
+    generate(model, "a dog", steps=10, sampler="ddim", image=image, mask=mask, generator=0)
+    start, end = (levels_of(model, "ddim", "10")[i].alpha_bar for i in (0, -2))
+    eps = (seen[0] - start**0.5 * image) / (1 - start) ** 0.5               # DDIM keeps the eps of an x_0 that is known
+    wanted = end**0.5 * image + (1 - end) ** 0.5 * eps
+    torch.testing.assert_close(seen[-1][kept], wanted[kept], rtol=0, atol=1e-4)      # float32, ten steps
+    assert not torch.allclose(seen[-1][~kept], wanted[~kept], atol=0.1)

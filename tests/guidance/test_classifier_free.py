@@ -57,6 +57,15 @@ def test_the_pair_is_one_pass() -> None:
     assert calls == [4]
 
 
+def test_what_is_guided_of_clipped_halves_is_not_clipped() -> None:
+    def bright(x_t: Tensor, level: Level) -> Prediction:
+        return gaussian(torch.linspace(-1, 5, len(x_t)).view(-1, 1, 1, 1))(x_t, level).clamped(x_t, level)
+
+    prediction = classifier_free_pair(bright, 3.0)(x_t(), LEVEL)
+    assert prediction.x0.max() > 1
+    assert not prediction.clipped
+
+
 def test_variance_and_guide_are_the_conditional_ones() -> None:
     def labelled(x: Tensor, level: Level) -> Prediction:
         rows = torch.arange(len(x), dtype=x.dtype).reshape(-1, 1, 1, 1).expand_as(x)

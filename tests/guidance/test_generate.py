@@ -228,6 +228,26 @@ def test_an_image_of_another_dtype_is_taken_in_float32(dtype: torch.dtype) -> No
     assert torch.equal(*first)
 
 
+def test_of_an_image_four_fifths_of_the_steps_are_drawn_anew() -> None:
+    options = {"image": torch.zeros(3, 16, 16), "scale": 1.0, "steps": 10, "generator": 3}
+    given = {}, {"strength": 0.8}, {"strength": 0.9}
+    usual, said, other = (generate(Model(), "0.4", **options, **how) for how in given)
+    assert torch.equal(usual, said)
+    assert not torch.equal(usual, other)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_network_in_float64_draws_the_same_from_an_image(sampler: str) -> None:
+    drawn = []
+    for dtype in (torch.float32, torch.float64):
+        model = tiny_model()
+        for network in model.networks().values():
+            network.to(dtype)
+        image = torch.linspace(-1, 1, 3 * 16 * 16).view(3, 16, 16)
+        drawn.append(generate(model, "a dog", image=image, steps=4, strength=0.5, sampler=sampler, generator=0))
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)       # float32, two steps; other noise would differ by 1
+
+
 def test_an_image_of_numbers_from_0_to_1_is_warned_of() -> None:
     """As torchvision's ToTensor makes it: it would be drawn pale, and nothing said."""
     options = {"scale": 1.0, "steps": 4, "strength": 0.5, "generator": 3}
@@ -349,6 +369,17 @@ def test_a_word_that_nobody_learned_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_words([word], ["1 < 2 > 0", "<|endoftext|>", "<3", "a <a>'s", "<>"])
+
+
+def test_a_word_within_another_is_not_the_learned_one() -> None:
+    """No tokenizer sees it there."""
+    frida = Word("frida", torch.zeros(1, 1))
+    with pytest.warns(UserWarning, match="^no prompt has frida: "):
+        warn_of_words([frida], ["a picture of fridas"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_words([frida], ["fridas", "frida's"])
+        warn_of_words([], ["fridas"])
 
 
 def test_a_model_that_let_its_vae_go_is_refused_before_it_draws() -> None:

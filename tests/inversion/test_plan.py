@@ -463,6 +463,13 @@ def test_what_cannot_be_planned() -> None:
         plan(EMBEDDED["emoji-classes"])
     with pytest.raises(InversionError, match="of no settings none is the fastest"):
         fastest([], GIB)
+    for wrong in (SIMPLE, ["fast"], "fast", 5):
+        with pytest.raises(InversionError, match="settings are a list of models.Setting, not "):
+            plan(tiny_model(), settings=wrong)
+    for wrong in (None, 5):
+        with pytest.raises(ModelError, match=f"a plan is of a model, or of what models.load takes, not of {wrong}"):
+            plan(wrong)
+    assert fastest([entry(2, 1), entry(1, 2)], "1.5 B") == fastest([entry(2, 1), entry(1, 2)], 1)
     assert replace(entry(1, 1), peak=2).peak == 2
 
 

@@ -118,6 +118,16 @@ def test_a_word_that_exists_is_refused(tokenizer: ClipTokenizer) -> None:
         check_prompts(tokenizer, concept(1, "dog"), [["a {}"]])
 
 
+def test_a_caption_names_the_word_where_a_tokenizer_sees_it(tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_text("fridas of frida")
+    found = templates_for([tmp_path / "1.jpg"], ["{}"], "frida")
+    assert found == [["fridas of {}"]]
+    check_prompts(tokenizer, concept(1, "frida"), found)
+    (tmp_path / "1.txt").write_text("fridas")
+    with pytest.raises(InversionError, match="does not contain frida, so the word would have no effect"):
+        templates_for([tmp_path / "1.jpg"], ["{}"], "frida")
+
+
 @pytest.mark.parametrize("templates", [[], [[]], [["{}"], []]])
 def test_an_image_without_templates_is_refused(tokenizer: ClipTokenizer, templates: list[list[str]]) -> None:
     with pytest.raises(InversionError, match="no template to learn in"):

@@ -23,7 +23,7 @@ from inversion.trainer import state_file
 from inversion.training import step_generator
 from models import ModelError, TextFeatures, Tokens
 from tests.disk import full_disk
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_glide, tiny_model, tiny_tokenizer
 
 START = (0.8, 0.2, 0.6, 0.4)
 TEMPLATES = [["a photo of {}", "{}", "a picture of {}"]] * 3
@@ -40,7 +40,7 @@ FAST = TrainConfig(
 
 
 def images(n: int = 3, seed: int = 0) -> Tensor:
-    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) * 2 - 1
 
 
 class Sum:
@@ -100,6 +100,47 @@ def learn(
 def hashes(model: Any) -> dict[str, str]:
     tensors = {**model.unet.state_dict(), **model.text.state_dict(), **model.vae.state_dict()}
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for file, said in ((tmp_path, "is a folder: name a file"), (tmp_path / "file" / "x", "nothing can be written to")):
+        with pytest.raises(InversionError, match=said):
+            learn(Sum(), file=file, on_step=lambda report: pytest.fail("a step was taken"))
+
+
+def test_what_is_no_image_and_no_list_of_templates_is_said_to_be_so() -> None:
+    word = Concept.from_text(model := tiny_model(), "<x>", "dog", 1)
+    with pytest.raises(InversionError, match="images are a tensor .* not a ndarray"):
+        train(model, word, images().numpy(), TEMPLATES)
+    with pytest.raises(InversionError, match="templates are N lists of lines, one for every image, not 'a {}'"):
+        train(model, word, images(4), "a {}")
+
+
+@pytest.mark.parametrize("family", ["latents", "pixels"])
+def test_in_float64_the_same_is_learned(family: str) -> None:
+    """Of the networks, or, where x_0 is the image, of the images alone."""
+    new, found = tiny_model if family == "latents" else tiny_glide, []
+    for dtype in (torch.float32, torch.float64):
+        model = new()
+        for network in model.networks().values():
+            network.to(dtype if family == "latents" else torch.float32)
+        word = Concept.from_text(model, "<x>", "dog", 1)
+        found.append(train(model, word, images().to(dtype), TEMPLATES, replace(FAST, steps=3)).concept.vectors)
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)       # Adam divides a gradient by itself: float32's rounding
+    assert (found[0] - Concept.from_text(new(), "<x>", "dog", 1).vectors).abs().max() > 1e-3
+
+
+def test_torch_s_default_dtype_draws_nothing_else() -> None:
+    wanted = learn(tiny_model(), replace(FAST, steps=2))
+    model = tiny_model()
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = learn(model, replace(FAST, steps=2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.concept.vectors, wanted.concept.vectors)
 
 
 # --- the gradient
@@ -440,6 +481,7 @@ def test_other_templates_are_another_run(tmp_path: Path) -> None:
     concept, others = Concept.from_text(model, "<x>", "dog"), [["a photo of {}"]] * 3
     with pytest.raises(InversionError, match="its templates is"):
         train(model, concept, images(), others, FAST, file=file, resume=True)
+    train(model, concept, images(), list(map(tuple, TEMPLATES)), FAST, file=file, resume=True)      # the same lines
 
 
 @pytest.mark.parametrize(

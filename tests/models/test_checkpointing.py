@@ -425,6 +425,36 @@ def test_what_is_undone_before_the_backward_pass_is_an_error(level: str, change:
         gradient(level, early=True)
 
 
+class Scaled(nn.Module):
+    """A layer's answer times a buffer, which is replaced, or grows in place, by itself or by somebody else."""
+
+    def __init__(self, layer: nn.Module, by_itself: bool) -> None:
+        super().__init__()
+        self.layer, self.by_itself = layer, by_itself
+        self.register_buffer("factor", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) * self.factor.clone()
+        if self.by_itself:
+            self.factor.mul_(2)
+        return y
+
+
+@pytest.mark.parametrize("level", ["attention", "blocks"])
+@pytest.mark.parametrize("how", ["by itself", "in place", "replaced"])
+def test_a_buffer_that_changes_before_the_backward_pass_is_an_error(level: str, how: str) -> None:
+    unet, x, context = tiny_model().unet, torch.ones(1, 4, 8, 8, requires_grad=True), torch.ones(1, 24, 32)
+    block = unet.middle_block[1].transformer_blocks[0]
+    block.attn2.to_v = scaled = Scaled(block.attn2.to_v, how == "by itself")
+    y = unet(x, torch.tensor([500]), context, checkpointing=level)
+    if how == "replaced":
+        scaled.factor = torch.ones(1)
+    elif how == "in place":
+        scaled.factor.mul_(2)
+    with pytest.raises(RuntimeError, match="^buffers were changed, as layers that train do to their own"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("level", ["attention", "blocks"])
 def test_a_layer_that_is_replaced_before_the_backward_pass_is_an_error(level: str) -> None:
     """One of the same class and weights, too."""

@@ -41,6 +41,13 @@ def test_value_and_gradient(shape: tuple[int, ...], biased: bool, turned: bool) 
     torch.testing.assert_close(torch.autograd.grad(found, x, dy)[0], dx, rtol=0, atol=2e-5)
 
 
+def test_a_product_may_be_changed_in_place() -> None:
+    """As a nn.Dropout(inplace=True) after it does."""
+    x, weight = numbers(2, 3, 64).requires_grad_(), numbers(48, 64, seed=1)
+    frozen_product(x, weight, None).mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, (2 * weight.sum(0)).expand_as(x), rtol=0, atol=2e-5)      # as above
+
+
 def test_rows_that_do_not_lie_one_after_the_other() -> None:
     x, weight = numbers(3, 6, 5, 64), numbers(48, 64, seed=1)
     for part in (x[:, 1:4], x[1:, :, ::2], x.transpose(1, 2)):

@@ -205,6 +205,12 @@ def test_refusals_leave_nothing(
     assert "sampling" not in capsys.readouterr().err        # an empty bar before the sentence
 
 
+def test_no_prompt_is_nothing_to_draw(folder: Path, script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(GuidanceError, match="--prompt names nothing to draw"):
+        script.main(script.Config((), str(folder / "model"), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_go_by_name_or_number(script: ModuleType, tmp_path: Path) -> None:
     models.save(tiny_classes(), tmp_path / "x.safetensors")
     script.main(script.Config(("cat", "1", "owl"), str(tmp_path / "x.safetensors"), steps=2, output=tmp_path / "out"))
@@ -213,14 +219,16 @@ def test_classes_go_by_name_or_number(script: ModuleType, tmp_path: Path) -> Non
     assert (cat != owl).any()
 
 
-def test_a_word_that_nobody_learned_is_pointed_out(folder: Path, script: ModuleType) -> None:
+def test_a_word_that_nobody_learned_is_pointed_out_once(folder: Path, script: ModuleType, tmp_path: Path) -> None:
     concepts = (str(folder / "new.safetensors"),)
-    with pytest.warns(UserWarning, match="<frida>: no --concept file has it"):
-        found = script.read_concepts(concepts, tiny_model(), ("a <new>", "a <frida> beside a <new>"))
-    assert [concept.placeholder for concept in found] == ["<new>"]
+    prompts = ("a <new>", "a <frida> beside a <new>")
+    with pytest.warns(UserWarning, match="^<frida> is read as letters") as warned:
+        script.main(script.Config(prompts, str(folder / "model"), concept=concepts, steps=1, output=tmp_path / "out"))
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        script.read_concepts(concepts, tiny_model(), ("a <new>", "1 < 2 and 3 > 2"))
+        found = script.read_concepts(concepts, tiny_model(), ("a <new>", "1 < 2 and 3 > 2"))
+        assert [concept.placeholder for concept in found] == ["<new>"]
         script.read_concepts(concepts, tiny_model(), (90 * "very " + "<new>",))      # drawing says that it is cut off
 
 
