@@ -81,7 +81,7 @@ def require_writable(folder: Path, what: str) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Raise InversionError for a file that a learned word cannot be written to, of which training is to end in it."""
+    """Raise InversionError for a file that a learned word cannot be written to, before hours are spent on it."""
     require_name(path)
     if path.is_dir():
         raise InversionError(f"{path} is a folder: name a file, such as {path / 'word.safetensors'}")

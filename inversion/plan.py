@@ -39,8 +39,8 @@ def plan(
 ) -> list[Planned]:  # fmt: skip
     """What a training would take: one entry a setting, in the settings' order.
 
-    model: a model, or what `models.load` takes; weights need not be there, and of layers of one's own nothing is known:
-    it is planned as its configuration tells. resolution: side of the images in pixels,
+    model: a model, or what `models.load` takes; weights need not be there. It is planned as its configuration tells:
+    layers of one's own are not counted. resolution: side of the images in pixels,
     None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
     None for all that make sense on the device, see `settings_for`.
 
