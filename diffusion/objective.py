@@ -79,7 +79,7 @@ def hybrid_loss(
     output: (B, 2C, H, W), what the network predicts and then the raw variance in [-1, 1], at x_t = q_sample(x0, t,
     noise). x0, noise: (B, C, H, W), x0 in [-1, 1]. t: (B,) int64. form: as for `target`; theirs is epsilon. Raises
     DiffusionError for another form, another number of channels, a time that the schedule does not have, epsilon at
-    alpha_bar = 0, and a schedule that begins clean.
+    alpha_bar = 0, and a schedule that adds no noise at one of its times.
     """
     if output.shape[1] != 2 * x0.shape[1]:
         raise DiffusionError(
@@ -101,16 +101,14 @@ def variational_bound(
 
     predicted, x0, x_t: (B, C, H, W), x_0 as a network has it and as it is, in [-1, 1]. var_frac: the same shape, where
     the variance lies, 0 to 1, see `Prediction`. t: (B,) int64. Returns (B,) float32 (or float64). Raises DiffusionError
-    for a time that the schedule does not have, and for a schedule that begins clean or has two times of one noise,
-    since a variance would be 0.
+    for a time that the schedule does not have, and for a schedule that adds no noise at one of its times, since a
+    variance would be 0.
     """
-    if schedule.alphas_bar[0] == 1:
-        raise DiffusionError("a variational bound needs noise at every time; this schedule begins with alpha_bar = 1")
     if not schedule.betas.all():
-        same = int((schedule.betas == 0).nonzero()[0])
+        at = int((schedule.betas == 0).nonzero()[0])
         raise DiffusionError(
-            f"a variational bound needs noise added at every time; this schedule has alpha_bar "
-            f"{schedule.alphas_bar[same]:g} at time {same} as at the one before"
+            f"a variational bound needs noise that is added at every time; this schedule adds none at time {at}, with "
+            f"alpha_bar = {schedule.alphas_bar[at]:g}"
         )
     predicted, var_frac, x0, x_t = (_wide(each) for each in (predicted, var_frac, x0, x_t))
     now, before = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)

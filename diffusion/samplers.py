@@ -119,7 +119,8 @@ def euler_ancestral(
 def plms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, generator: Generators = None) -> Iterator[State]:
     """Pseudo linear multistep (Liu et al. 2022, equations 9 and 12), started as in CompVis/latent-diffusion at f0c4e09.
 
-    The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step.
+    The eps of up to four levels are combined (Adams-Bashforth) and carried by DDIM's deterministic step; where x_0 was
+    clipped, that of the combined eps is, too (`Prediction.with_eps`).
     The first step has no past and averages eps at both of its ends (Heun), so that n steps ask the network n + 1
     times. Not where it is the last step as well: the network was never asked about a clean image. A step from pure
     noise (alpha_bar = 0), where eps says nothing, is a plain one, and the next is the first. Draws no noise. (diffusers

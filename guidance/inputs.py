@@ -101,8 +101,8 @@ def require_two_sides(model: Any, scale: float) -> None:
 def in_plain_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """Prompts with every learned word replaced by the words that it started from, or nothing."""
     plain = {concept.placeholder: getattr(concept, "metadata", {}).get("init", "") for concept in concepts}
-    words = _whole(plain)
-    return [words.sub(lambda found: plain[found[0]], prompt) for prompt in prompts]
+    learned = _whole(plain)
+    return [learned.sub(lambda found: plain[found[0]], prompt) for prompt in prompts]
 
 
 def _whole(placeholders: Iterable[str]) -> re.Pattern[str]:

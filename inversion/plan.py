@@ -40,9 +40,9 @@ def plan(
     """What a training would take: one entry a setting, in the settings' order.
 
     model: a model, or what `models.load` takes; weights need not be there. It is planned as its configuration tells:
-    layers of one's own are not counted. resolution: side of the images in pixels,
-    None for the model's own. batch_size: samples through the network at once. device: need not be there. settings:
-    None for all that make sense on the device, see `settings_for`.
+    layers of one's own are not counted. resolution: side of the images in pixels, None for the model's own.
+    batch_size: samples through the network at once. device: need not be there. settings: None for all that make sense
+    on the device, see `settings_for`.
 
     Raises ModelError for a source that nothing is known of, a model that reads no text, a resolution that the model
     cannot halve, a device other than a CPU or CUDA's, and float16 on a CPU; InversionError for a batch of none and for

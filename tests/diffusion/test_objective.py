@@ -180,7 +180,7 @@ def test_a_schedule_that_begins_clean_has_no_bound() -> None:
     """The variance of the step to its clean level is 0, and its logarithm made the bound nan."""
     schedule, x0 = Schedule("scaled_linear", steps=4), torch.zeros(2, 3, 4, 4)
     schedule.alphas_bar = [1.0, 0.5, 0.2, 0.1]
-    with pytest.raises(DiffusionError, match="begins with alpha_bar = 1"):
+    with pytest.raises(DiffusionError, match="adds none at time 0, with alpha_bar = 1"):
         hybrid_loss(schedule, torch.zeros(2, 6, 4, 4), x0, torch.tensor([1, 2]), x0, "v_prediction")
 
 
@@ -193,5 +193,5 @@ def test_the_normal_distribution_is_that_of_gelu() -> None:
 def test_two_times_of_one_noise_have_no_bound() -> None:
     schedule, x = Schedule("scaled_linear", steps=4), torch.zeros(1, 1, 2, 2)
     schedule.alphas_bar = [0.9, 0.5, 0.5, 0.1]
-    with pytest.raises(DiffusionError, match=r"added at every time; this schedule has alpha_bar 0.5 at time 2 as"):
+    with pytest.raises(DiffusionError, match="adds none at time 2, with alpha_bar = 0.5"):
         variational_bound(schedule, x, x, x, x, torch.tensor([2]))
