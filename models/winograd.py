@@ -10,6 +10,11 @@ which makes 36 matrix products of tiles and channels. (Lavin & Gray 2016, "Fast 
 Networks", section 4.) Measured on two cores, maps of two images: 320 channels of 64x64: 43 to 21 ms, 1280 to 640 of
 32x32: 85 to 43.
 
+Tiles and kernels are brought to the points in batches, a tile or six points at a time, not as one product: a batch's
+entries are shared out whole, where of one product torch's threads come to write what the other had in its cache. Where
+two cores share none, as a virtual machine's may at one time and not at another, 160 kernels of 640 channels took
+2.8 ms as one product and 1.15 so; where they share one, 1.1 and 1.05.
+
 How much is rounded depends on the points. With 0, ±2/3, ±3/2 the error is 1.6e-6 of the answer's deviation; torch's
 convolution of channels-last maps has 0.9e-6 to 1.3e-6, of maps that lie a channel at a time 0.25e-6, and the customary
 points 0, ±1, ±2 have 3.6e-6. It is an error of the whole tile: next to a number that is 10,000 times as large as its
@@ -26,14 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layout import channels_last, empty
-from models.processor import LANES, matrix_products_are_fast
+from models.processor import LANES
 
 Pair = tuple[int, int]
 TILE, SEEN = 4, 6               # pixels of an answer's tile along an axis, and of what it is made from
 POINTS = Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2)
 CHANNELS = 128                  # of both maps: from these on, and from so many pixels, it is the quicker way
-PIXELS, PIXELS_OF_OTHERS = 512, 1024    # of all images: on Intel's processors, and where MKL's products are slower
-ROOM = 96 * 1280                # places of tiles, kernels and products each that are kept at their 36 points at a time
+PIXELS = 512                    # of all images
+ROOM = 128 * 1280               # places of tiles, and of products, that are kept at their 36 points at a time
+ROOM_OF_KERNELS = 64 * 1280     # and of kernels
 
 
 def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
@@ -43,8 +49,7 @@ def is_worth_it(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
     if not suits or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():   # which would unroll its loops
         return False
     whole = not any(side % TILE for side in x.shape[2:])
-    pixels = PIXELS if matrix_products_are_fast() else PIXELS_OF_OTHERS
-    return whole and x[:, 0].numel() >= pixels and min(weight.shape[:2]) >= CHANNELS
+    return whole and x[:, 0].numel() >= PIXELS and min(weight.shape[:2]) >= CHANNELS
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1, turned: bool = False) -> Tensor:
@@ -55,25 +60,25 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, edges: int = 1, tu
     nothing is recorded.
     """
     BT, G, AT = (x.new_tensor(M) for M in matrices())
-    G, C = G.flip(1) if turned else G, x.shape[1]
+    G, C = (G.flip(1) if turned else G).view(SEEN, SEEN, -1), x.shape[1]
     y = empty(x, len(weight), x.shape[2] + 2 * edges - 2, x.shape[3])
     answers = y.permute(0, 2, 3, 1).unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE))          # (B, h, 4, w, 4, C_out)
     parts, most = _parts(y, C)
-    groups = _slices(len(weight), ROOM // max(most, C), LANES)
+    groups = _slices(len(weight), min(ROOM // most, ROOM_OF_KERNELS // C), LANES)
     some = groups[0].stop
     # one: tiles, then products; two: tiles at the points; three: kernels at the points, then sums
     one, two, three = (x.new_empty(SEEN**2 * n) for n in (most * max(C, some), most * C, some * max(C, most)))
     for images, rows in parts:
-        seen = _tiles(channels_last(x)[images], rows, edges)                                   # (6, 6, b, h, w, C)
-        b, h, w, _ = seen.shape[2:]
-        gathered = _of(one, *seen.shape).copy_(seen).view(SEEN**2, -1)
-        d = torch.mm(BT, gathered, out=_of(two, *gathered.shape)).view(-1, b * h * w, C)       # (36, tiles, C)
+        seen = _tiles(channels_last(x)[images], rows, edges)                                   # (b, h, w, 6, 6, C)
+        gathered = _of(one, *seen.shape).copy_(seen).view(-1, SEEN**2, C)
+        d = torch.bmm(BT.expand(len(gathered), -1, -1), gathered, out=_of(two, *gathered.shape))   # (tiles, 36, C)
         for group in groups:
             taps = weight[group].permute(2, 3, 0, 1).reshape(9, -1)
-            g = torch.mm(G, taps, out=_of(three, SEEN**2, taps.shape[1])).view(SEEN**2, -1, C) # (36, group, C)
-            products = torch.bmm(d, g.mT, out=_of(one, *d.shape[:2], g.shape[1])).view(SEEN**2, -1)
+            g = torch.bmm(G, taps.expand(SEEN, -1, -1), out=_of(three, SEEN, SEEN, taps.shape[1]))
+            g = g.view(SEEN**2, -1, C)                                                         # (36, group, C)
+            products = torch.bmm(d.transpose(0, 1), g.mT, out=_of(one, SEEN**2, len(d), g.shape[1])).view(SEEN**2, -1)
             sums = torch.mm(AT, products, out=_of(three, TILE**2, products.shape[1]))          # (16, tiles * group)
-            sums = sums.view(TILE, TILE, b, h, w, -1).permute(2, 3, 0, 4, 1, 5)                # (b, h, 4, w, 4, group)
+            sums = sums.view(TILE, TILE, *seen.shape[:3], -1).permute(2, 3, 0, 4, 1, 5)        # (b, h, 4, w, 4, group)
             out = answers[images, rows, ..., group]
             out.copy_(sums) if bias is None else torch.add(sums, bias[group], out=out)
     return y
@@ -85,11 +90,11 @@ def gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _tiles(x: Tensor, rows: slice, edges: int) -> Tensor:
-    """What some rows of tiles are made from, padded: (B, C, H, W) -> (6, 6, B, h, w, C)."""
+    """What some rows of tiles are made from, padded: (B, C, H, W) -> (B, h, w, 6, 6, C)."""
     first, end = TILE * rows.start - edges, TILE * rows.stop + 2 - edges
     around = 0, 0, 1, 1, int(first < 0), int(end > x.shape[2])
     padded = F.pad(x.permute(0, 2, 3, 1)[:, max(first, 0) : end], around)                      # (B, 4 h + 2, W + 2, C)
-    return padded.unfold(1, SEEN, TILE).unfold(2, SEEN, TILE).permute(4, 5, 0, 1, 2, 3)
+    return padded.unfold(1, SEEN, TILE).unfold(2, SEEN, TILE).permute(0, 1, 2, 4, 5, 3)
 
 
 def _of(memory: Tensor, *size: int) -> Tensor:
