@@ -145,8 +145,11 @@ def test_a_plan_comes_first() -> None:
     assert convolved(torch.zeros(1, 16, 8, 8), torch.zeros(16, 16, 3, 3), torch.ones(16)).eq(1).all()
 
 
-def test_answers_are_made_by_whole_registers_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "ROOM", 32 * 24)                                              # of 32 tiles
+@pytest.mark.parametrize(("room", "places"), [("ROOM", 32 * 24), ("ROOM_OF_KERNELS", 8 * 24)])  # 32 tiles, 8 channels
+def test_answers_are_made_by_whole_registers_of_channels(
+    room: str, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, room, places)
     made, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b, out: made.append(out.shape) or bmm(a, b, out=out))
     winograd.convolved(torch.zeros(2, 8, 16, 16), torch.zeros(40, 8, 3, 3), None)
