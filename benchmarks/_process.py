@@ -25,6 +25,7 @@ import torch
 
 STATUS, CLEAR_REFS, RESTART_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 SHORTEST = 0.2      # seconds: quicker steps are repeated until a measurement lasts as long
+PATIENCE = 2        # seconds that a process may take to end by itself
 Step = Callable[[], object]
 Question = Literal["start", "warm", "step", "peak"] | Callable[[Step], Any]
 
@@ -85,6 +86,13 @@ class Process:
             raise PartFailed(f"{part}: {answer.strip().splitlines()[-1]}")
         return answer
 
+    def end(self) -> None:
+        """End it: by itself, as it does when nobody asks any more, or after PATIENCE in the middle of a step."""
+        self.pipe.close()
+        self.process.join(PATIENCE)
+        self.process.terminate()
+        self.process.join()
+
 
 class Sides(list[Process]):
     """Processes that end with the block, whatever they are doing then."""
@@ -94,8 +102,7 @@ class Sides(list[Process]):
 
     def __exit__(self, *_: object) -> None:
         for side in self:
-            side.process.terminate()
-            side.process.join()
+            side.end()
 
 
 def live(pipe: Connection, side: Side, work: Work, threads: int) -> None:

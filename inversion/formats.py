@@ -4,6 +4,7 @@
 |-----------------------------|----------------------------------------------|-------------------------------|
 | diffusers, this library     | the placeholder itself                       | the key                       |
 | AUTOMATIC1111 (`.pt`)       | string_to_token, string_to_param {'*'}, name | `name`                        |
+| AUTOMATIC1111 (`.png`)      | the same, as base64 of JSON in a text chunk  | `name`                        |
 | kohya, invoke-training      | emb_params                                   | none inside: the file's stem  |
 | rinongal/textual_inversion  | string_to_param, a torch.nn.ParameterDict    | none inside: the file's stem  |
 | SDXL tools, for one encoder | clip_l                                       | none inside: the file's stem  |
@@ -12,8 +13,13 @@
 Nothing in a file is executed: pickles are read with torch's restricted unpickler, and `torch.nn.ParameterDict` is the
 one class added to what it allows. A file with one tensor is what diffusers, AUTOMATIC1111, ComfyUI and InvokeAI all
 accept (a second tensor breaks two of them), so all else is written into the safetensors metadata.
+
+The picture's format is that of modules/textual_inversion/image_embedding.py, AUTOMATIC1111/stable-diffusion-webui at
+011bac4; a second copy, in the pixels of its borders, is not read.
 """
 
+import base64
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +34,8 @@ from inversion.errors import InversionError
 from models.replacing import replacing
 
 NAMELESS = ("emb_params", "clip_l")     # keys that are no word
+ENDINGS = (".safetensors", ".pt", ".bin", ".png")
+PNG, PNG_TEXT = b"\x89PNG\r\n", "sd-ti-embedding"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 REPEATED = 2**24        # bytes that may be told by fewer in a file, as several equal vectors are
 
@@ -44,7 +52,10 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         head = file.read(16)
     if head.startswith(b"version "):
         raise InversionError(f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`, or anew")
-    content, metadata = _read_safetensors(path) if _is_safetensors(path, head) else _read_pickle(path)
+    if head.startswith(PNG):
+        content, metadata = _read_png(path), {}
+    else:
+        content, metadata = _read_safetensors(path) if _is_safetensors(path, head) else _read_pickle(path)
     named, said = _named(content, path)
     words = {word: _vectors(value, word, path) for word, value in named.items()}
     widths = sorted({vectors.shape[1] for vectors in words.values()})
@@ -108,6 +119,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise InversionError(f"{path} is damaged or cut short ({error}): download it again") from error
+
+
+def _read_png(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(PNG_TEXT)
+        content = None if text is None else json.loads(base64.b64decode(text), object_hook=_tensor_of_json)
+    except Exception as error:  # a foreign file may fail in any way at all
+        raise InversionError(f"{path} is damaged or cut short ({error}): download it again") from error
+    if content is None:
+        raise InversionError(
+            f"{path} is a picture without an embedding (in a text called {PNG_TEXT}): many sites take that out of the "
+            "pictures they show; download the file itself"
+        )
+    return content
+
+
+def _tensor_of_json(part: dict[str, Any]) -> Any:
+    return torch.tensor(part["TORCHTENSOR"], dtype=torch.float32) if part.keys() == {"TORCHTENSOR"} else part
 
 
 def _read_pickle(path: Path) -> tuple[Any, dict[str, str]]:

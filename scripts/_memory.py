@@ -36,8 +36,8 @@ def show(config: Any, shell: Any, side: int, batch_size: int) -> None:
     """Print the plan."""
     device = choose_device(config.device, must_be_there=False)
     budget = None if config.memory_budget is None else parsed(config.memory_budget)
-    print(f"{shell.source}, {side}x{side} pixels, batch {batch_size}, on {device.type}: the peak of a training")
     found = planned(config, shell, side, batch_size)
+    print(f"{shell.source}, {side}x{side} pixels, batch {batch_size}, on {device.type}: the peak of a training")
     print(table(found, budget))
     if budget is not None:
         inversion.fastest(found, budget)                            # says so if there is none

@@ -30,6 +30,7 @@ import inversion
 import models
 from guidance import generate
 from inversion import Concept, InversionError, StepReport, TrainConfig, find_images, read_images
+from inversion.formats import ENDINGS
 from inversion.report import comparison, loss_curve
 
 Model = models.LatentModel | models.GlideModel
@@ -176,9 +177,9 @@ def require_base(model: Model) -> Model:
 def starting_concept(config: Config, model: Model, at_least: int) -> Concept:
     """From a concept's file if --init names one, else from the vectors of its words."""
     word, file = word_and_file(config.init)
-    if file.suffix not in (".safetensors", ".pt", ".bin"):
+    if file.suffix not in ENDINGS:
         if len(file.name) < 256 and file.is_file():          # longer than any file's name
-            raise InversionError(f"{file} is no file of learned vectors: those end in .safetensors, .pt or .bin")
+            raise InversionError(f"{file} is no file of learned vectors: those end in {', '.join(ENDINGS)}")
         vectors = config.vectors
         if vectors is None:
             vectors = max(at_least, len(model.tokenizer.tokens_of(config.init)))

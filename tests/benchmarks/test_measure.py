@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,17 +33,14 @@ class Scripted:
     answers: dict[str, dict[str, list[Any]]] = {}
 
     def __init__(self, name: str, side: Side, work: Work) -> None:
-        self.name, self.process = name, self
+        self.name = name
 
     def ask(self, question: str, work: Work | None = None) -> Any:
         self.asked.append((self.name, question))
         return self.answers[self.name][question].pop(0) if question in self.answers[self.name] else None
 
-    def terminate(self) -> None:
+    def end(self) -> None:
         self.asked.append((self.name, "end"))
-
-    def join(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -123,6 +121,21 @@ def test_json_has_the_rows_so_far(
     monkeypatch.setattr("os.access", lambda path, how: path != tmp_path)        # for root all can be written
     for cannot_be_written in (tmp_path / "no" / "x.json", tmp_path, tmp_path / "x.json"):
         assert run_command(monkeypatch, lambda: pytest.fail("measured"), "--json", str(cannot_be_written)) == 2
+
+
+def build_and_stay_busy(work: Work) -> None:
+    time.sleep(60)
+
+
+def test_a_process_ends_by_itself_and_a_busy_one_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first so that what it holds is cleaned up: a lock that it leaves behind is complained of."""
+    monkeypatch.setattr("_process.PATIENCE", 60)
+    with Sides([Process("ours", Side(build, start_small), WORK)]) as (waiting,):
+        waiting.ask("start", WORK)
+    monkeypatch.setattr("_process.PATIENCE", 0.1)
+    with Sides([Process("ours", Side(build_and_stay_busy, start_small), WORK)]) as (busy,):
+        pass
+    assert [each.process.exitcode for each in (waiting, busy)] == [0, -signal.SIGTERM]
 
 
 @pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])

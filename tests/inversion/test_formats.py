@@ -1,10 +1,14 @@
 """Files of every tool, from the reference cases (see tests/fixtures/embeddings/README.json)."""
 
+import base64
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from inversion import Concept, InversionError
@@ -65,6 +69,53 @@ def test_what_a1111_leaves_open_is_not_said(tmp_path: Path) -> None:
         torch.save(content | {"name": name}, tmp_path / "frida.pt")
         concept = Concept.load(tmp_path / "frida.pt")
         assert (concept.placeholder, concept.metadata) == ("frida", {"steps": "0"})
+
+
+def save_png(file: Path, text: str | None) -> None:
+    """A picture as AUTOMATIC1111 writes it, its text before the pixels."""
+    info = PngInfo()
+    if text is not None:
+        info.add_text("sd-ti-embedding", text)
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+
+
+def encoded(content: object) -> str:
+    return base64.b64encode(json.dumps(content).encode()).decode()
+
+
+def test_a_picture_of_a1111_carries_a_word(tmp_path: Path) -> None:
+    content = torch.load(FILES / "a1111.pt")
+    content["string_to_param"] = {"*": {"TORCHTENSOR": content["string_to_param"]["*"].tolist()}}
+    save_png(tmp_path / "frida-499.png", encoded(content))
+    concept, same = Concept.load(tmp_path / "frida-499.png", width=768), Concept.load(FILES / "a1111.pt")
+    assert torch.equal(concept.vectors, EXPECTED)
+    assert (concept.placeholder, concept.metadata) == (same.placeholder, same.metadata)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "a picture without an embedding"),
+        ("not base64", "damaged or cut short"),
+        (base64.b64encode(b"no JSON").decode(), "damaged or cut short"),
+        (encoded({"string_to_param": {"*": {"TORCHTENSOR": [[1.0], [1.0, 2.0]]}}}), "damaged or cut short"),
+        (encoded({"string_to_param": {"*": {"TORCHTENSOR": [[1.0, None]]}}}), "damaged or cut short"),
+        (encoded({"string_to_param": {"*": [[1.0]]}}), "'picture' is a list, not vectors"),
+        (encoded([1]), "holds no learned embedding: a list was found"),
+        (encoded({"string_to_param": {"*": {"TORCHTENSOR": [[float("nan")]]}}}), "not finite"),
+    ],
+)
+def test_pictures_that_carry_none(tmp_path: Path, text: str | None, said: str) -> None:
+    save_png(tmp_path / "picture.png", text)
+    with pytest.raises(InversionError, match=said):
+        read_embeddings(tmp_path / "picture.png")
+
+
+def test_a_picture_cut_short_is_damaged(tmp_path: Path) -> None:
+    save_png(tmp_path / "whole.png", encoded({}))
+    (tmp_path / "picture.png").write_bytes((tmp_path / "whole.png").read_bytes()[:30])
+    with pytest.raises(InversionError, match="damaged or cut short"):
+        read_embeddings(tmp_path / "picture.png")
 
 
 def test_a_word_can_be_renamed() -> None:
