@@ -42,14 +42,13 @@ def read_class_model(
     shapes = weights.shapes()
     if (kind := kind_of(shapes)) != GUIDED_DIFFUSION:
         raise ModelError(f"{path} is {kind}, and {GUIDED_DIFFUSION} is needed")
-    form = _published(preset) if preset else described(path, MODEL_KEY, _understood)
-    if form and config:
+    if preset:
+        model = _outline(_published(preset), path)
+    else:
+        model = described(path, MODEL_KEY, lambda said: _outline(_understood(said), path))
+    if model and config:
         raise ModelError(f"{path} is a file that describes itself: leave config out")
-    preset, classes, null = form or _recognised(shapes, config, str(path))
-    model = ClassModel(
-        unet=on_meta(lambda: UNet(preset.unet)), classes=classes, schedule=dict(preset.schedule),
-        resolution=preset.resolution, source=str(path), null=null, factor=preset.factor,
-    )  # fmt: skip
+    model = model or _outline(_recognised(shapes, config, str(path)), path)
     fill([Part(model.unet, Layout())], weights, dtype, device)
     return model
 
@@ -76,11 +75,10 @@ def read_classifier(
         raise ModelError(f"{path} is {kind}, and {CLASSIFIER} is needed: what draws is loaded by models.load")
     if config is not None and not isinstance(config, ClassifierConfig):
         raise ModelError(f"the config of a classifier is a ClassifierConfig, not {config!r}")
-    form = described(path, CLASSIFIER_KEY, _understood_classifier)
-    if form and config:
+    network = described(path, CLASSIFIER_KEY, _understood_classifier)
+    if network and config:
         raise ModelError(f"{path} is a file that describes itself: leave config out")
-    config, names = form or (config or _published_classifier(shapes, path), None)
-    network = on_meta(lambda: Classifier(config, names))
+    network = network or on_meta(lambda: Classifier(config or _published_classifier(shapes, path)))
     fill([Part(network, Layout())], weights, dtype, device)
     return network
 
@@ -89,6 +87,15 @@ def write_classifier(network: Classifier, path: Path, dtype: torch.dtype | None)
     """Write a classifier as .safetensors; another at `path` is replaced. Raises ModelError as `write_described`."""
     said = {"descent": asdict(network.config), "image_size": network.image_size, "classes": network.names.names}
     write_described(path, CLASSIFIER_KEY, said, gather(Part(network, Layout()), dtype))
+
+
+def _outline(form: Form, path: Path) -> ClassModel:
+    """A model on the meta device."""
+    preset, classes, null = form
+    return ClassModel(
+        unet=on_meta(lambda: UNet(preset.unet)), classes=classes, schedule=dict(preset.schedule),
+        resolution=preset.resolution, source=str(path), null=null, factor=preset.factor,
+    )  # fmt: skip
 
 
 def _published(preset: ClassPreset) -> Form:
@@ -131,7 +138,8 @@ def _understood(said: dict[str, Any]) -> Form:
     return preset, ClassNames(tuple(said["classes"])), said["null"]
 
 
-def _understood_classifier(said: dict[str, Any]) -> tuple[ClassifierConfig, ClassNames]:
-    """The classifier that `write_classifier` described."""
+def _understood_classifier(said: dict[str, Any]) -> Classifier:
+    """The classifier that `write_classifier` described, on the meta device."""
     require(said, {"image_size": int, "classes": list})
-    return ClassifierConfig(unet_config(said["descent"]), said["image_size"]), ClassNames(tuple(said["classes"]))
+    config, names = ClassifierConfig(unet_config(said["descent"]), said["image_size"]), tuple(said["classes"])
+    return on_meta(lambda: Classifier(config, ClassNames(names)))

@@ -1,7 +1,7 @@
 """OpenAI's guided-diffusion files by their names, fetched once, and the embedded classifiers.
 
-A file counts as fetched only when all of its bytes have come and every tensor has the name and shape of the network
-that it should be.
+A file counts as fetched only when all of its bytes have come, and is only used if every tensor has the name and shape
+of the network that it should be; what is refused is named, to be removed.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from models.devices import choose_device
 from models.errors import ModelError
 from models.fetching import cache, fetch, to_be_removed
 from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS
+from models.weights import choose_dtype
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
 FILES = {
@@ -54,6 +55,7 @@ def load_classifier(
     Raises ModelError for what is not there or does not fit.
     """
     device = choose_device(device)
+    choose_dtype(dtype, torch.float32, device)          # refused before anything is fetched
     if source not in CLASSIFIERS:
         if not (path := EMBEDDED.get(source, Path(source))).is_file():
             known = ", ".join((*EMBEDDED, *CLASSIFIERS))

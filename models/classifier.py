@@ -63,7 +63,7 @@ class Classifier(Descent):
 
     def __init__(self, config: ClassifierConfig, names: ClassNames | None = None) -> None:
         super().__init__(config.descent)
-        self.names = names or ClassNames.numbered(self.classes)
+        self.names = ClassNames.numbered(self.classes) if names is None else names
         if len(self.names) != self.classes:
             raise ModelError(f"{len(self.names)} names for {self.classes} classes: {self.names}")
         self.image_size, c = config.image_size, self.channels

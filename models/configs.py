@@ -9,6 +9,7 @@ One name misleads: `attention_head_dim` of a diffusers UNet is the *number* of h
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from models.errors import ModelError
@@ -81,7 +82,8 @@ def read_sample_size(file: Json, where: str) -> int:
 def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """The config.json of a UNet; sample_size: side of the latents that it was trained on.
 
-    Raises ModelError for a UNet whose stem is not as wide as its first level: diffusers knows one number for both.
+    Raises ModelError for a UNet whose stem is not as wide as its first level: diffusers knows one number for both;
+    and for one with parts that Stable Diffusion's has not.
     """
     if config.channel_mult[0] != 1:
         raise ModelError(
@@ -91,7 +93,7 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     channels = list(config.channels)
     attends = [2**i in config.attention_resolutions for i in range(len(channels))]
     heads = config.num_heads or [config.heads(c) for c in channels]
-    return {
+    written = {
         "_class_name": "UNet2DConditionModel", "sample_size": sample_size,
         "in_channels": config.in_channels, "out_channels": config.out_channels,
         "block_out_channels": channels,
@@ -103,6 +105,11 @@ def write_unet(config: UNetConfig, sample_size: int) -> dict[str, Any]:
         "act_fn": "silu", "norm_eps": 1e-5, "norm_num_groups": config.norm_groups,
         "flip_sin_to_cos": True, "freq_shift": 0,
     }  # fmt: skip
+    told, ours = asdict(read_unet(written, "a diffusers folder")), asdict(config)
+    otherwise = "attention_resolutions", "num_heads", "head_channels"       # may be told in another way
+    if lost := [f"{key}={ours[key]!r}" for key in ours if ours[key] != told[key] and key not in otherwise]:
+        raise ModelError(f"a diffusers folder cannot hold a UNet of {', '.join(lost)}")
+    return written
 
 
 def read_vae(file: Json, where: str) -> VAEConfig:

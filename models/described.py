@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from models.errors import ModelError
+from models.errors import OF_WRONG_KINDS, ModelError
 from models.files import metadata
 from models.unet import UNetConfig
 from models.weights import write_safetensors
@@ -18,7 +18,8 @@ Described = TypeVar("Described")
 def described(path: Path, key: str, read: Callable[[dict[str, Any]], Described]) -> Described | None:
     """What `read` makes of the description in a file, None for a file that has none under this key.
 
-    Raises ModelError for a description that `read` can make nothing of.
+    read: best makes the network, too, so that numbers that make none are met here. Raises ModelError for a description
+    that it can make nothing of.
     """
     said = metadata(path).get(key) if path.suffix == ".safetensors" else None
     if said is None:
@@ -27,7 +28,7 @@ def described(path: Path, key: str, read: Callable[[dict[str, Any]], Described])
         return read(json.loads(said))
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OF_WRONG_KINDS as error:
         raise ModelError(f"the metadata of {path} does not describe a network of {key} ({error})") from error
 
 
@@ -37,7 +38,7 @@ def unet_config(said: Mapping[str, Any]) -> UNetConfig:
 
 
 def require(said: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    """Raise TypeError unless these entries are of these types; what is an int is a size, 1 or more."""
+    """Raise TypeError unless these entries are of these types, KeyError without one; an int is a size, 1 or more."""
     for key, kind in kinds.items():
         if type(said[key]) is not kind or (kind is int and said[key] < 1):
             raise TypeError(f"{key} is {said[key]!r}")
@@ -52,6 +53,6 @@ def write_described(path: Path, key: str, said: Mapping[str, Any], tensors: Mapp
     """
     if path.suffix != ".safetensors":
         raise ModelError(f"a network that describes itself is written as .safetensors; {path} ends in {path.suffix!r}")
-    if path.exists() and key not in metadata(path):
+    if path.exists() and not (path.is_file() and key in metadata(path)):
         raise ModelError(f"{path} exists: choose another path, or remove it")
     write_safetensors(path, tensors, {key: json.dumps(said)})

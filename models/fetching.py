@@ -6,7 +6,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from models.errors import ModelError
@@ -40,12 +40,14 @@ def fetch(url: str, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _download(url, beside)
+        os.replace(beside, path)
     except (OSError, HTTPException) as error:  # urllib's errors among them
+        if path.is_file():                     # another process fetched it, too, and was the first
+            return path
         raise ModelError(
             f"{path.name} is not in the cache and {url} cannot be fetched ({getattr(error, 'reason', error)}): connect "
             f"to the network and try again, or put the file at {path}"
         ) from error
-    os.replace(beside, path)
     return path
 
 
@@ -59,27 +61,36 @@ def to_be_removed(path: Path) -> Iterator[None]:
 
 
 def _download(url: str, beside: Path) -> None:
-    """Append what is missing of a file. Raises OSError if the connection ends before the file does."""
+    """Write what is missing of a file. Raises OSError if the connection ends before the file does.
+
+    Each byte is written in its own place, not at the end, so that two processes may do this at the same time.
+    """
     from tqdm import tqdm
 
     have = beside.stat().st_size if beside.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            beside.unlink()  # it is as long as the file or longer, and was not renamed: begin again
-            return _download(url, beside)
-        raise
-    with answer:
+    with _answer(url, have) as answer:
         have = have if answer.status == HTTPStatus.PARTIAL_CONTENT else 0
         length = answer.headers["Content-Length"]
         total = None if length is None else have + int(length)
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=beside.stem)
-        with open(beside, "ab" if have else "wb") as file, bar:
+        if not have:
+            beside.touch()
+        with open(beside, "r+b") as file, bar:
+            file.seek(have)
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if (found := beside.stat().st_size) != total and total is not None:
-        raise OSError(f"the connection ended after {found} of {total} bytes")
-    return None
+            if total is not None and file.tell() != total:
+                raise OSError(f"the connection ended after {file.tell()} of {total} bytes")
+            file.truncate()
+
+
+def _answer(url: str, have: int) -> HTTPResponse:
+    """What comes after the first bytes of a file, or, if it has no more than these, all of it."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if have and error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return _answer(url, 0)
+        raise

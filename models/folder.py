@@ -7,7 +7,6 @@ without tokenizer/ the vocabulary is CLIP's, without scheduler/ the schedule is 
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +15,11 @@ import torch
 from torch import nn
 
 from models import configs, presets
-from models.errors import ModelError
+from models.errors import OF_WRONG_KINDS, ModelError
 from models.files import find_weights, read_json
 from models.latent import LatentModel
 from models.renaming import LAYOUTS
+from models.replacing import own_name
 from models.text import ClipText, ClipTextConfig
 from models.tokenizer import ClipTokenizer
 from models.unet import UNet
@@ -103,7 +103,7 @@ def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> N
         "vae": configs.write_vae(model.vae.config, model.resolution),
         "text_encoder": configs.write_text(model.text.config, tokens.begin, tokens.end, tokens.pad),
     }
-    beside = _own_name(path, "part")
+    beside = own_name(path, "part")
     beside.mkdir(parents=True)
     try:
         for part, (role, network) in _networks(model).items():
@@ -154,7 +154,7 @@ def _replace(path: Path, new: Path) -> None:
 
     It is moved back if the new one cannot take its place.
     """
-    old = _own_name(path, "old")
+    old = own_name(path, "old")
     if path.exists():
         for other in path.iterdir():
             if not (new / other.name).exists():
@@ -168,11 +168,6 @@ def _replace(path: Path, new: Path) -> None:
             os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _own_name(path: Path, what: str) -> Path:
-    """A name beside `path` that no one else has: `path.old` may well be somebody's backup."""
-    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
 def _built(
@@ -190,7 +185,7 @@ def _understood(read: Callable[[dict[str, Any], str], Config], file: Path) -> Co
         return read(read_json(file), str(file))
     except ModelError:
         raise
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError, LookupError, RuntimeError) as error:
+    except OF_WRONG_KINDS as error:
         raise ModelError(f"a setting in {file} has a value of a wrong kind ({error})") from error
 
 

@@ -41,10 +41,10 @@ def outline_glide(path: Path) -> GlideModel:
     shapes = Weights((path,)).shapes()
     if (kind := kind_of(shapes)) != GLIDE_KIND:
         raise ModelError(f"{path} is {kind}, and one of GLIDE's networks is needed")
-    known = described(path, KEY, _understood)
-    preset = known[0] if known else _published(shapes[STEM], path)
-    tokenizer = known[1] if known else GlideTokenizer.gpt2(preset.text.length)
-    return of_preset(preset, tokenizer, str(path))
+    if model := described(path, KEY, lambda said: of_preset(*_understood(said), str(path))):
+        return model
+    preset = _published(shapes[STEM], path)
+    return of_preset(preset, GlideTokenizer.gpt2(preset.text.length), str(path))
 
 
 def of_preset(preset: GlidePreset, tokenizer: GlideTokenizer, source: str) -> GlideModel:

@@ -20,7 +20,7 @@ from models.glide_file import read_glide
 from models.noisy_clip import NoisyClip, NoisyClipConfig
 from models.presets import GLIDE
 from models.renaming import Layout
-from models.weights import Part, fill, on_meta
+from models.weights import Part, choose_dtype, fill, on_meta
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
 CASCADES = {"glide": ("base", "upsample"), "glide-inpaint": ("base_inpaint", "upsample_inpaint")}
@@ -48,6 +48,7 @@ def load_noisy_clip(
     clip_image_enc.pt. dtype, device: as in `models.load`. Raises ModelError for what is not there or does not fit.
     """
     device = choose_device(device)
+    choose_dtype(dtype, torch.float32, device)          # refused before anything is fetched
     paths = fetched(CLIP) if source == "glide" else [Path(source) / f"{part}.pt" for part in CLIP]
     clip = on_meta(lambda: NoisyClip(NoisyClipConfig()))
     for path, encoder in zip(paths, (clip.text_encoder, clip.image_encoder)):

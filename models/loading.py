@@ -80,7 +80,7 @@ def load(
     nothing has to be converted or moved.
     """
     device, options = choose_device(device), {"prediction": prediction, "variant": variant, "config": config}
-    Setting(torch.float32, checkpointing, attention, offload)
+    Setting(choose_dtype(dtype, torch.float32, device), checkpointing, attention, offload)    # before a fetch
     if device.type == "cpu":
         expect_large_blocks()
     waits = offload != "none"
@@ -150,9 +150,9 @@ def save(
 
     Tensors of the loaded file that no network uses go back to the layout that they came from: what went in comes out
     equal. dtype: what the networks' tensors are stored in, None for what they run in. A model folder at `path`, or
-    behind it if that is a link, is replaced. Raises ModelError for anything else that is there, for one that holds the
-    working folder, for a released VAE, for weights beside the networks' own, as a LoRA's, and for a model that the
-    layout has no place for.
+    behind it if that is a link, is replaced, and so is a file of a model of pixels by another of its kind. Raises
+    ModelError for anything else that is there, for one that holds the working folder, for a released VAE, for weights
+    beside the networks' own, as a LoRA's, and for a model that the layout has no place for.
     """
     if layout not in ("diffusers", "single"):
         raise ModelError(f"there is no layout {layout!r}: use 'diffusers' or 'single'")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside = own_name(path, "part")
     try:
         yield beside
         os.replace(beside, path)
@@ -30,6 +31,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def own_name(path: Path, what: str) -> Path:
+    """A name beside `path` that no one else has: `path.old` may well be somebody's backup, or another process's."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
 def write_pickle(path: Path, content: Any) -> None:

@@ -51,7 +51,7 @@ def read_classes(folder: Path, size: int, names: ClassNames | None = None) -> Cl
     if names is not None and (strange := set(found.names) - set(names.names)):
         raise InversionError(f"{folder} has a class {min(strange)} that is none of those to learn: {names}")
     images = [read_images(find_images(path, recursive=True), size) for path in folders]
-    names = names or found
+    names = found if names is None else names
     labels = [torch.full((len(of_one),), names.index(path.name)) for of_one, path in zip(images, folders)]
     if not images:
         raise InversionError(f"{folder} holds no class: a subfolder of pictures each, {names}")

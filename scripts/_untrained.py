@@ -8,7 +8,7 @@ import torch
 
 from models import ClassModel, ClipTokenizer, GlideModel, LatentModel
 from models.class_names import ClassNames
-from models.errors import ModelError
+from models.errors import OF_WRONG_KINDS, ModelError
 from models.files import Weights, read_json
 from models.glide_text import GlideText, GlideTextConfig
 from models.glide_tokenizer import GlideTokenizer
@@ -27,7 +27,7 @@ def load_vae(folder: Path) -> VAE:
     try:
         config = VAEConfig(**described | {"channel_mult": tuple(described["channel_mult"])})
         vae = on_meta(lambda: VAE(config))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except OF_WRONG_KINDS as error:
         raise ModelError(f"{file} does not describe an autoencoder of train_vae.py ({error})") from error
     fill([Part(vae, Layout())], Weights((folder / "vae.safetensors",)), torch.float32, torch.device("cpu"))
     return vae

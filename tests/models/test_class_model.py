@@ -216,6 +216,28 @@ class TestFiles:
         network = models.load_classifier(path, "float64", "cpu")
         assert {p.dtype for p in network.parameters()} == {torch.float64}
 
+    @pytest.mark.parametrize(
+        ("key", "part", "change"),
+        [
+            ("oneword.classes", "unet", {"channel_mult": []}),
+            ("oneword.classes", "unet", {"num_res_blocks": "2"}),
+            ("oneword.classes", "unet", {"out_channels": 3.5}),
+            ("oneword.classifier", "descent", {"channel_mult": []}),
+            ("oneword.classifier", "descent", {"num_res_blocks": "2"}),
+        ],
+    )
+    def test_a_description_that_makes_no_network(self, tmp_path: Path, key: str, part: str, change: dict) -> None:
+        path = tmp_path / "x.safetensors"
+        if key == "oneword.classes":
+            models.save(tiny_classes(), path)
+        else:
+            models.class_file.write_classifier(named_classifier(), path, None)
+        said = json.loads(metadata(path)[key])
+        said[part] |= change
+        save_file(open_tensors(path), tmp_path / "y.safetensors", {key: json.dumps(said)})
+        with pytest.raises(ModelError, match=f"y.safetensors does not describe a network of {key}"):
+            (models.load if key == "oneword.classes" else models.load_classifier)(tmp_path / "y.safetensors")
+
     def test_an_upsampler_s_factor_is_asked_for_too(self, tmp_path: Path) -> None:
         path = bare(tiny_classes(factor=4), tmp_path / "x.pt")
         with pytest.raises(ModelError, match="with factor, how many times"):

@@ -325,6 +325,9 @@ class TestFiles:
             ({"resolution": 0}, "resolution is 0"),
             ({"factor": True}, "factor is True"),
             ({"unet": {"attention": "nonsense"}}, "no attention is called 'nonsense'"),
+            ({"unet": {"channel_mult": []}}, "does not describe a network of oneword.glide"),
+            ({"unet": {"num_res_blocks": "2"}}, "does not describe a network of oneword.glide"),
+            ({"unet": {"out_channels": -1}}, "does not describe a network of oneword.glide"),
         ],
     )
     def test_metadata_of_wrong_kinds(self, tmp_path: Path, change: dict, said: str) -> None:
@@ -361,6 +364,9 @@ class TestFiles:
         save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
         with pytest.raises(ModelError, match="exists"):
             models.save(tiny_glide(), tmp_path / "x.safetensors")
+        (tmp_path / "folder.safetensors").mkdir()
+        with pytest.raises(ModelError, match="exists"):
+            models.save(tiny_glide(), tmp_path / "folder.safetensors")
 
     def test_failure_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object) -> None:

@@ -1,7 +1,7 @@
 """Fetching GLIDE's files from a server that breaks off."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,6 +85,15 @@ def test_both_files_are_fetched_once(server: type[Server], tmp_path: Path) -> No
     assert server.begun == [("base.pt", 0), ("upsample.pt", 0)]
 
 
+@pytest.mark.parametrize("load", [models.load, models.load_noisy_clip])
+def test_a_dtype_that_cannot_be_is_refused_before_anything_is_fetched(
+    server: type[Server], load: Callable[..., object]
+) -> None:
+    with pytest.raises(ModelError, match="float16 on a CPU runs hundreds of times slower than float32: use [^;]*$"):
+        load("glide", dtype="float16", device="cpu")
+    assert not server.begun
+
+
 @pytest.mark.parametrize("name", glide_hub.CASCADES)
 def test_a_cascade_is_of_a_base_and_its_upsampler(name: str) -> None:
     """Both see what is kept of an image, or neither does."""
@@ -105,21 +114,29 @@ def test_a_broken_download_goes_on_where_it_broke_off(server: type[Server], tmp_
     assert (tmp_path / "cache/oneword/glide/base.pt").read_bytes() == server.files["base.pt"]
 
 
-def test_a_part_that_another_process_appends_to_is_no_file(server: type[Server], tmp_path: Path) -> None:
+@pytest.mark.parametrize("theirs_is_whole", [True, False])
+def test_two_processes_may_go_on_with_one_download(
+    server: type[Server], tmp_path: Path, theirs_is_whole: bool
+) -> None:
     server.most = 1000
     with pytest.raises(ModelError, match="ended after 1000 of"):
         models.load("glide")
-    part, answer = tmp_path / "cache/oneword/glide/base.pt.part", server.do_GET
+    whole, answer = server.files["base.pt"], server.do_GET
+    path, part = (tmp_path / "cache/oneword/glide" / name for name in ("base.pt", "base.pt.part"))
 
     def both(self: Server) -> None:
-        with open(part, "ab") as file:
-            file.write(b"theirs")
+        if part.is_file():                              # not of the upsampler
+            with open(part, "r+b") as file:
+                file.write(whole if theirs_is_whole else whole[:2000])
+            if theirs_is_whole:
+                part.replace(path)
         answer(self)
 
-    server.most, server.do_GET, length = 10**9, both, len(server.files["base.pt"])
-    with pytest.raises(ModelError, match=f"ended after {length + 6} of {length} bytes"):
-        models.load("glide")
-    assert files(tmp_path) == ["base.pt.part"]
+    server.most, server.do_GET = 10**9, both
+    models.load("glide")
+    assert path.read_bytes() == whole
+    assert files(tmp_path) == ["base.pt", "upsample.pt"]
+    assert server.begun == [("base.pt", 0), ("base.pt", 1000), ("upsample.pt", 0)]
 
 
 def test_a_server_that_says_nothing_is_not_waited_for(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from models import LatentModel, ModelError, configs, presets
 from models.files import metadata
 from models.text import ClipText
 from models.tokenizer import ClipTokenizer
+from models.unet import UNet
 from models.vae import VAE
 from models.vocabulary import from_merges
 from models.weights import on_meta
@@ -436,6 +437,36 @@ def test_every_size_comes_back() -> None:
     vae = replace(presets.TINY.vae, in_channels=1, latent_channels=5, norm_groups=16, scale=0.25)
     assert configs.read_unet(json.loads(json.dumps(configs.write_unet(unet, 8))), "unet") == unet
     assert configs.read_vae(json.loads(json.dumps(configs.write_vae(vae, 16))), "vae") == vae
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"scale_shift": True}, "scale_shift=True"),
+        ({"resblock_updown": True}, "resblock_updown=True"),
+        ({"attention": "self", "context_dim": 0}, "attention='self'"),
+        ({"num_classes": 3}, "num_classes=3"),
+    ],
+)
+def test_what_diffusers_unet_has_not_is_not_saved_as_if_it_had(tmp_path: Path, other: dict, said: str) -> None:
+    model = presets.untrained(presets.TINY)
+    model.unet = UNet(replace(presets.TINY.unet, **other))
+    with pytest.raises(ModelError, match=f"a diffusers folder cannot hold a UNet of .*{said}"):
+        models.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_equal_width_are_written_as_their_numbers(tmp_path: Path) -> None:
+    """And attention at resolutions in any order: other words for the same network."""
+    model = presets.untrained(presets.TINY)
+    resolutions = tuple(reversed(model.unet.config.attention_resolutions))
+    model.unet = UNet(replace(model.unet.config, num_heads=None, head_channels=8, attention_resolutions=resolutions))
+    models.save(model, tmp_path / "model")
+    again = models.load(tmp_path / "model").unet
+    ours, theirs = model.unet.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [again.config.heads(c) for c in again.config.channels] == [c // 8 for c in again.config.channels]
 
 
 def test_a_schedule_without_betas_is_not_written(tmp_path: Path) -> None:
