@@ -10,7 +10,8 @@ WAITING = signal.SIGINT, signal.SIGTERM
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Within the block neither signal does anything; if one came, it is passed on at the end.
+    """Within the block neither signal does anything; if one came, it is passed on when the block has ended, unless that
+    ends by an error, which leaves in its place.
 
     Only the main thread is ever interrupted, so in another nothing changes.
     """

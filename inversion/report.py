@@ -27,7 +27,8 @@ def loss_curve(file: str | Path, history: Sequence[dict[str, Any]], caption: tup
     losses, vectors = figure.subplots(1, 2, width_ratios=(3, 2))
     steps = [row["step"] for row in history]
     trained = [(row["step"], row["loss"]) for row in history if row["loss"] is not None]
-    losses.plot(*zip(*trained), color="0.75", label="training (random draws)") if trained else None
+    if trained:
+        losses.plot(*zip(*trained), color="0.75", label="training (random draws)")
     losses.plot(steps, [row["validation_loss"] for row in history], marker=".", label="validation (fixed)")
     if caption is not None:
         words = textwrap.shorten(caption[0], 40, placeholder=" …")

@@ -1,6 +1,5 @@
 """What every script does around its `main`: read the command line, and turn a refusal into one sentence."""
 
-import dataclasses
 import inspect
 import io
 import signal
@@ -8,16 +7,17 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 REFUSED = 2
 INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
 
 
-def run(main: Callable[..., None]) -> None:
+def run(main: Callable[[Any], None]) -> None:
     """Calls `main` with what the command line says, and exits.
 
-    main: takes one dataclass, whose fields become the flags, or keyword arguments. The module's docstring
-    and the dataclass's are the text of --help. Exit codes: 0; 2 after one sentence on stderr, for what the
+    main: takes one dataclass, whose fields become the flags. The module's docstring and the dataclass's are the text of
+    --help. Exit codes: 0; 2 after one sentence on stderr, for what the
     four packages refuse and for files that cannot be read or written; 130 after Ctrl-C, and after SIGTERM, which is
     taken for one: a training saves what it has learned. A warning is one sentence, too. A prompt in letters that a
     terminal or a log cannot hold is written in escapes, and ends nothing.
@@ -37,7 +37,7 @@ def run(main: Callable[..., None]) -> None:
     config, description = _config(main)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(tyro.cli(config, description=description)) if config else tyro.cli(main, description=description)
+        main(tyro.cli(config, description=description))
     except (DiffusionError, GuidanceError, InversionError, ModelError) as error:
         _stop(str(error), REFUSED)
     except KeyboardInterrupt:
@@ -56,23 +56,23 @@ def run(main: Callable[..., None]) -> None:
         _stop(f"{error.filename}: {what}" if error.filename else what, REFUSED)
 
 
-def _config(main: Callable[..., None]) -> tuple[type | None, str]:
-    """The dataclass that `main` takes, if it takes one, and the text of --help."""
-    types = [t for name, t in typing.get_type_hints(main).items() if name != "return"]
-    config = types[0] if len(types) == 1 and dataclasses.is_dataclass(types[0]) else None
-    texts = [inspect.getmodule(main).__doc__, config.__doc__ if config else None]
-    if config and config.__doc__.startswith(f"{config.__name__}("):
+def _config(main: Callable[[Any], None]) -> tuple[type, str]:
+    """The dataclass that `main` takes, and the text of --help."""
+    (config,) = [hint for name, hint in typing.get_type_hints(main).items() if name != "return"]
+    texts = [inspect.getmodule(main).__doc__, config.__doc__]
+    if config.__doc__.startswith(f"{config.__name__}("):
         texts.pop()  # what dataclasses write where there is no docstring
     return config, "\n\n".join(inspect.cleandoc(text) for text in texts if text)
 
 
 def named() -> set[str]:
     """The fields of a script's dataclass whose flags stand on the command line, whatever their values."""
-    return {flag[2:].removeprefix("no-").replace("-", "_") for flag in _flags(sys.argv[1:])}
+    return {flag.replace("-", "_") for flag in _flags(sys.argv[1:])}
 
 
 def _flags(arguments: list[str]) -> list[str]:
-    return [a.split("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    """Without their dashes; of a switch, which --no-name turns off, the name alone."""
+    return [a.split("=")[0][2:].replace("_", "-").removeprefix("no-") for a in arguments if a.startswith("--")]
 
 
 def _refuse_repeats(arguments: list[str]) -> None:
@@ -80,7 +80,7 @@ def _refuse_repeats(arguments: list[str]) -> None:
     flags = _flags(arguments)
     twice = next((flag for flag in flags if flags.count(flag) > 1), None)
     if twice:
-        _stop(f"{twice} is there twice: write all of its values after one {twice}", REFUSED)
+        _stop(f"--{twice} is there twice: write all of its values after one --{twice}", REFUSED)
 
 
 def _stop(sentence: str, code: int) -> typing.NoReturn:

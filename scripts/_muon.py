@@ -14,25 +14,28 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# x -> a x + b x^3 + c x^5, five times over, brings all of (0, 1] near 1 (between 0.7 and 1.2), the smallest fastest
+# x -> a x + b x^3 + c x^5, five times over, brings what lies in (0.0015, 1] near 1, between 0.68 and 1.2; what is
+# smaller becomes up to 485 times as much
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Replace the singular values of (k, n, m) float32 matrices by about 1 (0.7 to 1.2), keeping their vectors.
+    """Replace the singular values of (k, n, m) float32 matrices by about 1, keeping their vectors: by 0.68 to 1.2 where
+    they are 0.0015 of the matrix's norm or more.
 
-    The polynomials act on the smaller square, X X^T, and on X once at the end: a third of the usual products.
+    The polynomials act on the smaller square, X X^T, and on X once at the end: two products with X, not ten. The longer
+    the matrix, the more that saves; a square one takes a quarter more multiplications so.
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.transpose(1, 2)
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = QUINTIC
     gram, product = x @ x.transpose(1, 2), None                                                # (k, n, n)
-    for _ in range(ITERATIONS):
+    for left in range(ITERATIONS)[::-1]:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         product = polynomial if product is None else polynomial @ product
-        gram = polynomial @ gram @ polynomial
+        gram = polynomial @ gram @ polynomial if left else gram
     x = product @ x
     return x if matrices.shape[1] <= matrices.shape[2] else x.transpose(1, 2)
 

@@ -5,7 +5,6 @@ uninterrupted one bit for bit without keeping any generator's state.
 """
 
 import math
-import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,23 +88,25 @@ class Trainer:
         write_pickle(path, state)
 
     def load(self, path: Path) -> None:
-        """Continue from a file of `save`, if it is there. Raises ModelError if it belongs to other networks."""
+        """Continue from a file of `save`, if it is there. Raises ModelError if it is damaged, or of other networks."""
         if not path.exists():
             return
         try:
             state = torch.load(path, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            names, step, best, optimizers = (state[key] for key in ("names", "step", "best", "optimizers"))
+            shapes = [[p.shape for p in state[key]] for key in ("master", "average")]
+        except Exception as error:          # a foreign file may fail in any way at all
             raise ModelError(f"{path} is damaged: start anew, into another --output") from error
-        shapes, mine = ([p.shape for p in several] for several in (state["master"], self.master))
-        if state["names"] != self.names or shapes != mine:
+        mine = [p.shape for p in self.master]
+        if names != self.names or shapes != [mine, mine]:
             raise ModelError(f"{path} holds the training of other networks: give the sizes that it was started with")
         with torch.no_grad():
             for key in ("master", "average"):
                 for mine, theirs in zip(getattr(self, key), state[key]):
                     mine.copy_(theirs)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+        for optimizer, saved in zip(self.optimizers, optimizers):
             optimizer.load_state_dict(saved)
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best = step, best
         self.put(self.master)
 
 

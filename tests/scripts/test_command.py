@@ -30,6 +30,7 @@ class Config:
 
     count: int = 1
     words: tuple[str, ...] = ()
+    mirrored: bool = False
 
 
 def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
@@ -63,7 +64,7 @@ def test_a_system_that_ends_the_process_is_taken_for_ctrl_c(monkeypatch: pytest.
     """So that a training saves; and what is pressed again while it leaves breaks nothing."""
     saved: list[str] = []
 
-    def main() -> None:
+    def main(config: Config) -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
@@ -142,7 +143,9 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         _command.run(main)
 
 
-@pytest.mark.parametrize("arguments", [("--words", "a", "--words", "b"), ("--count=1", "--count", "2")])
+@pytest.mark.parametrize(
+    "arguments", [("--words", "a", "--words", "b"), ("--count=1", "--count", "2"), ("--mirrored", "--no-mirrored")]
+)
 def test_a_flag_given_twice(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

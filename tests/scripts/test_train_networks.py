@@ -489,9 +489,15 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing_half_written(
 
 def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path) -> None:
     shutil.copytree(vae, tmp_path / "vae")
-    (tmp_path / "vae" / "training.pt").write_bytes(b"PK\x03\x04 no more")
-    with pytest.raises(models.ModelError, match="is damaged"):
-        script("train_vae").main(vae_config(data, tmp_path / "vae", resume=True))
+    checkpoint = tmp_path / "vae" / "training.pt"
+    for write in (
+        lambda: checkpoint.write_bytes(b"PK\x03\x04 no more"),
+        lambda: torch.save({"weights": torch.ones(1)}, checkpoint),
+        lambda: torch.save([1], checkpoint),
+    ):
+        write()
+        with pytest.raises(models.ModelError, match="is damaged"):
+            script("train_vae").main(vae_config(data, tmp_path / "vae", resume=True))
 
 
 @pytest.mark.parametrize(
