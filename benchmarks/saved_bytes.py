@@ -42,7 +42,7 @@ def plain_geglu(projected: Tensor) -> Tensor:
 MEASURES: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "a convolution keeps its weight only": ("models.frozen.conv2d", F.conv2d),
     "group norm and SiLU keep one input": ("models.layers.frozen_group_norm", plain_group_norm),
-    "GEGLU keeps its projection": ("models.attention.geglu", plain_geglu),
+    "GEGLU keeps its projection": ("models.transformer.geglu", plain_geglu),
 }
 
 

@@ -2,7 +2,7 @@
 
 from diffusion.denoiser import Denoiser, Prediction, predict
 from diffusion.errors import DiffusionError
-from diffusion.objective import hybrid_loss, min_snr_weight, mse, target, variational_bound
+from diffusion.objective import hybrid_loss, min_snr_weight, mse, random_times, target, variational_bound
 from diffusion.samplers import (
     SAMPLERS,
     State,
@@ -48,6 +48,7 @@ __all__ = [
     "mse",
     "plms",
     "predict",
+    "random_times",
     "respaced",
     "target",
     "trailing",

@@ -23,6 +23,15 @@ from diffusion.posterior import learned_log_variance, posterior_mean, posterior_
 from diffusion.schedule import Schedule, coefficient
 
 
+def random_times(count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """(count,) int64 times in 0 … steps - 1, one in each of `count` strata of equal length, ascending.
+
+    So the mean loss of a batch varies less than that of times drawn each for itself. generator: on the CPU.
+    """
+    strata = torch.rand(count, generator=generator, dtype=torch.float64) + torch.arange(count)
+    return (strata * (steps / count)).long().clamp(max=steps - 1)      # which the last one may be rounded up to
+
+
 def target(schedule: Schedule, form: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """What a network of this form should answer at x_t = q_sample(x0, t, noise).
 

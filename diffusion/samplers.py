@@ -177,6 +177,12 @@ def last(states: Iterator[State]) -> Tensor:
     return x
 
 
+def require_sampler(name: str) -> None:
+    """Raise DiffusionError unless a sampler of `SAMPLERS` has this name."""
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise DiffusionError(f"no sampler is called {name!r}; there are {', '.join(SAMPLERS)}")
+
+
 def _noise(x: Tensor, generator: Generators, wide: bool) -> Tensor:
     return draw(x.shape, generator, torch.float64 if wide else torch.float32).to(x.dtype).to(x.device)
 

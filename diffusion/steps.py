@@ -58,8 +58,8 @@ def ddim_step(
 ) -> Tensor:
     """Song et al. 2021, equation 12: the guided x_0 and eps, put together again at a lower level.
 
-    With eta = 0 the other may be the noisier one, too, and the first clean: step by step an image is encoded into the
-    noise that draws it again (their section 4.3).
+    With eta = 0 `lower` may be the noisier level, and `level` clean: step by step an image is encoded into the noise
+    that draws it again (their section 4.3).
 
     x_t, noise: (B, C, H, W); noise is needed if eta > 0. eta: from 0 (deterministic) to 1 (ancestral). Returns (B, C,
     H, W). Raises DiffusionError for a guide at alpha_bar = 0, and if eta > 0 for a missing noise, a noisier `lower` and

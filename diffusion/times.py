@@ -14,7 +14,7 @@ import math
 from numbers import Integral, Real
 
 from diffusion.errors import DiffusionError
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import require_sampler
 from diffusion.schedule import LAST, Level, Schedule
 
 
@@ -126,8 +126,7 @@ def default_levels(schedule: Schedule, sampler: str, n: int) -> list[Level]:
     (diffusers' DDIM, set as Stable Diffusion's, ends at alpha_bar_0 even then). Returns n + 1 levels, descending.
     Raises DiffusionError for an unknown sampler, or if n steps do not fit.
     """
-    if sampler not in SAMPLERS:
-        raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+    require_sampler(sampler)
     if not isinstance(n, Integral):
         raise DiffusionError(f"a sampler takes a whole number of steps, not {n!r}")
     steps = schedule.steps

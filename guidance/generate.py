@@ -20,7 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, DiffusionError, Level, Schedule, default_levels, from_strength, respaced
+from diffusion import Level, Schedule, default_levels, from_strength, respaced
+from diffusion.samplers import require_sampler
 from guidance import inputs
 from guidance.chain import Chain, Model
 from guidance.errors import GuidanceError
@@ -140,8 +141,7 @@ def levels_of(model: Model, sampler: str, steps: int | str) -> list[Level]:
     Raises DiffusionError for a sampler that there is not, and for steps that the schedule has no room for.
     """
     schedule, spaced = Schedule(**model.schedule), isinstance(model.sampling.steps, str)
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        raise DiffusionError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+    require_sampler(sampler)
     if spaced and sampler != "dpmpp_2m_karras":                     # whose times follow from its sigmas
         return schedule.levels(respaced(str(steps), schedule.steps))
     return default_levels(schedule, sampler, int(steps) if spaced and str(steps).isdigit() else steps)

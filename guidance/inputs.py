@@ -106,7 +106,9 @@ def in_plain_words(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[
 
 
 def _whole(placeholders: Iterable[str]) -> re.Pattern[str]:
-    """What finds learned words as a tokenizer does: the longest first, and none within a word."""
+    """What finds learned words as the tokenizers of `models` do, which are not known here: the longest first, and none
+    within a word.
+    """
     edge = {True: r"(?!(?<=\w)\w)", False: ""}           # not between two characters of words
     names = sorted(placeholders, key=len, reverse=True)
     whole = [edge[bool(re.match(r"\w", n))] + re.escape(n) + edge[bool(re.search(r"\w\Z", n))] for n in names]

@@ -57,8 +57,8 @@ class Concept:
     def from_text(cls, model: Any, placeholder: str, text: str, n: int | None = None) -> "Concept":
         """Start from the vectors of a word or a phrase.
 
-        model: anything with `tokenizer.tokens_of(text)`, `tokenizer.is_word(text)` and `embedding(id) ->
-        (D,)`. n: how many vectors; None takes one a token. Raises InversionError if the model reads no text, the
+        model: anything with `tokenizer.tokens_of(text)`, `tokenizer.is_word(text)`, `embedding(id) -> (D,)`, `family`
+        and `source`. n: how many vectors; None takes one a token. Raises InversionError if the model reads no text, the
         placeholder is already a word, the text is none or has no tokens, or more than n, or n is below 1.
         """
         if not hasattr(model.tokenizer, "tokens_of"):

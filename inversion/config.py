@@ -69,9 +69,13 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 … steps - 1: linear warm-up, then constant or half a cosine to 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.schedule == "constant":
+        if self.schedule == "constant" and step >= self.warmup:
             return self.learning_rate
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * cosine(step, self.steps, self.warmup)
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """The fraction of a learning rate at a step, 0 … steps - 1: up to 1 in a line, down to 0 in half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -131,8 +131,8 @@ def cuda_workspace(operation: Any, arguments: tuple[Any, ...]) -> int:
 def _convolution(operation: Any, arguments: tuple[Any, ...]) -> tuple[list[Tensor], Tensor] | None:
     """The feature maps that a convolution reads and writes, and its weight; None for any other operation.
 
-    For sizes only: in place of what is written stands another map, of as many bytes or more, or where channels are
-    added of fewer; that matters where a network begins, when hardly anything else is held.
+    For sizes only: the map that is written is taken to be as large as the one that is read. Where channels are added
+    that is too little, and matters little: there a network begins, and hardly anything else is held.
     """
     if operation._overloadpacket is aten.convolution:
         x, weight = arguments[:2]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Schedule, mse, target
+from diffusion import Schedule, mse, random_times, target
 from inversion.concept import Concept
 from inversion.prompts import SLOT, unique_prompts
 from models import TextFeatures
@@ -56,8 +56,7 @@ def random_batch(
     """
     size = len(which)
     chosen = [templates[i][c % len(templates[i])] for i, c in zip(which.tolist(), choice.tolist())]
-    strata = torch.rand(size, generator=generator, dtype=torch.float64) + torch.arange(size)
-    t = (strata * (steps / size)).long().clamp(max=steps - 1)  # (B,)
+    t = random_times(size, steps, generator)  # (B,)
     how = {"generator": generator, "dtype": torch.float32}
     draw, noise = (torch.randn(size, *shape, **how) for _ in range(2))  # (B, C, h, w)
     return Batch(moments[which], chosen, t, draw, noise)

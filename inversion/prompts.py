@@ -127,7 +127,7 @@ def templates_for(files: Sequence[str | Path], templates: Sequence[str], placeho
 def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence[str]]) -> None:
     """Raise InversionError unless the concept is a new word and arrives whole in every prompt.
 
-    tokenizer: anything with `encode`, `tokens_of`, `vocab_size` and `room`, as `models.ClipTokenizer`.
+    tokenizer: anything with `encode`, `tokens_of`, `is_word`, `vocab_size` and `room`, as `models.ClipTokenizer`.
     """
     n, word = len(concept.vectors), concept.placeholder
     require_new_word(tokenizer, word)

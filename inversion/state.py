@@ -101,7 +101,7 @@ class State:
             theirs, state = dict(content["run"]), cls(**content["state"])
         except Exception as error:  # a damaged pickle fails in many ways
             raise damaged from error
-        for key in run.keys() | theirs.keys():
+        for key in sorted(run.keys() | theirs.keys()):
             if run.get(key) != theirs.get(key):
                 raise InversionError(
                     f"{path} belongs to another run: its {key} is {theirs.get(key)}, not {run.get(key)}. "

@@ -53,9 +53,9 @@ def checkpoint(
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """function(*inputs), whose intermediate results are computed again in the backward pass.
 
-    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value:
-    TypeError for anything else, whose tensors would lose their gradient. It may not change its inputs in place:
-    RuntimeError.
+    function: of tensors of any shape and dtype (None is handed on), with one tensor or a tuple of them as its value, or
+    a list, which becomes a tuple: TypeError for anything else, whose tensors would lose their gradient. It may not
+    change its inputs in place: RuntimeError.
     weights: what else it reads that may need a gradient: the parameters of its module. Anything more that asks for one,
     as what a hook brings along, would get none: RuntimeError in the backward pass. So would what weights are
     made of within torch's `parametrize.cached`, which hands on those of the first, unrecorded run: RuntimeError.

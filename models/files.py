@@ -114,14 +114,15 @@ def find_weights(folder: Path, stems: Iterable[str], variant: str | None) -> Wei
     for, and the variants that are there instead.
     """
     stems = tuple(stems)
-    looked_for = [name for suffix in ("safetensors", "bin") for stem in stems for name in names(stem, suffix, variant)]
+    kinds = [(stem, suffix) for suffix in ("safetensors", "bin") for stem in stems]
+    looked_for = [name for stem, suffix in kinds for name in weight_names(stem, suffix, variant)]
     for name in looked_for:
         if (folder / name).is_file():
             return Weights(_shards(folder / name) if name.endswith(".json") else (folder / name,))
     raise ModelError(f"{folder} holds none of {', '.join(looked_for)}{_other_variants(folder, stems, variant)}")
 
 
-def names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
+def weight_names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
     """The names of a weight file and of an index of shards: model.fp16.safetensors, model.safetensors.index.fp16.json.
     """
     dot = f".{variant}" if variant else ""

@@ -111,13 +111,13 @@ class LatentModel(UNetModel):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], sizes as in `x0_shape` -> (B, 2C, h, w): mean, log-variance.
+        """Images (B, 3, H, W) in [-1, 1], sides multiples of `vae.factor` -> (B, 2C, h, w): mean, log-variance.
 
         No gradient goes through here, nor through `decode`: through `vae.encode` and `vae.decode` it does. Raises
         ModelError for sides that the VAE cannot halve, of which it would leave the last pixels out, and once the VAE
         was released.
         """
-        self._require_encoder()
+        self._require_vae()
         self.require_size(*images.shape[2:], self.vae.factor)
         with present(self, self.vae):
             return at_least_float32(self.vae.encode(images.to(self.vae.quant_conv.weight)))
@@ -132,7 +132,7 @@ class LatentModel(UNetModel):
 
         No gradient goes through it, as through `moments`. Raises ModelError once the VAE was released.
         """
-        self._require_encoder()
+        self._require_vae()
         with present(self, self.vae):
             return at_least_float32(self.vae.decode(x0.to(self.vae.quant_conv.weight))).clamp(-1.0, 1.0)
 
@@ -145,7 +145,7 @@ class LatentModel(UNetModel):
         """Let the VAE's weights leave memory; `moments` and `decode` raise ModelError from then on."""
         self.vae, self.released = on_meta(lambda: VAE(self.vae.config)), True
 
-    def _require_encoder(self) -> None:
+    def _require_vae(self) -> None:
         if self.released:
             raise ModelError(
                 "the VAE was released from memory (release_encoder), as in training unless keep_encoder is given: "

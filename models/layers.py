@@ -129,7 +129,7 @@ def conv_plus(conv: Conv2d, x: Tensor, emb: Tensor) -> Tensor:
     return frozen.conv2d(x, conv.weight, conv.bias + emb.flatten(), conv.stride, conv.padding)
 
 
-def doubled_conv(conv: Conv2d, x: Tensor) -> Tensor:
+def conv_of_doubled(conv: Conv2d, x: Tensor) -> Tensor:
     """conv(twice(x)), of a 3x3 convolution."""
     if goes_in_bands(conv, x):
         return bands.doubled_conv(x, conv.weight, conv.bias)
@@ -262,4 +262,4 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
-        return doubled_conv(self.conv, x)
+        return conv_of_doubled(self.conv, x)

@@ -143,7 +143,7 @@ class Output(nn.Module):
         return self.f(self.ln(x))
 
 
-def sequence(layers: int, width: int, heads: int, causal: bool, first: nn.Module, last: nn.Module) -> nn.ModuleDict:
+def named_blocks(layers: int, width: int, heads: int, causal: bool, first: nn.Module, last: nn.Module) -> nn.ModuleDict:
     """The blocks of a transformer under their published names."""
     blocks = {f"block_{i}": Block(width, heads, causal) for i in range(layers)}
     return nn.ModuleDict({"input": first, **blocks, "output": last})
@@ -156,7 +156,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         width = c.text_heads * c.head_channels
         first, last = TextInput(c.vocab_size, c.length, width), Output(width, c.embedding)
-        self.blocks = sequence(c.text_layers, width, c.text_heads, True, first, last)
+        self.blocks = named_blocks(c.text_layers, width, c.text_heads, True, first, last)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids: (B, L) int64, full length; mask: (B, L) bool, True up to the end token. Returns (B, E) of length 1."""
@@ -175,7 +175,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         width = c.image_heads * c.head_channels
         first, last = ImageInput(c.image_size, c.patch, c.times, width), Output(width, c.embedding)
-        self.blocks = sequence(c.image_layers, width, c.image_heads, False, first, last)
+        self.blocks = named_blocks(c.image_layers, width, c.image_heads, False, first, last)
 
     def forward(self, image: Tensor, t: Tensor) -> Tensor:
         """image: (B, 3, H, W), [-1, 1] and noise; t: (B,) int64 times of the process. Returns (B, E) of length 1."""

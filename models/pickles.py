@@ -77,17 +77,23 @@ def read_pickle(path: str | Path) -> Any:
     if not is_zip and start[:1] != b"\x80":
         raise ModelError(f"{path} is not a PyTorch file: it begins with {start!r}, neither a zip nor a pickle")
     try:
-        if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            raise ModelError(f"{path} is a TorchScript program, not weights: save its state_dict instead")
+        if is_zip:
+            _refuse_program(path)
         # torch derives its own reader from the `Unpickler` of the module that it is given.
         reader = SimpleNamespace(Unpickler=_Unpickler, load=_load, __name__="restricted")
         return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False, mmap=is_zip)
+    except ModelError:
+        raise
     except (RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ModelError(f"{path} cannot be read; it is truncated or damaged ({_first_line(error)})") from error
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, AssertionError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{path} does not hold plain tensors ({_first_line(error)})") from error
+
+
+def _refuse_program(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ModelError(f"{path} is a TorchScript program, not weights: save its state_dict instead")
 
 
 def _first_line(error: Exception) -> str:

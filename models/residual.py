@@ -9,8 +9,8 @@ from models.layers import (
     Conv2d,
     NormSiLU,
     conv3x3,
+    conv_of_doubled,
     conv_plus,
-    doubled_conv,
     for_each,
     fresh,
     plus,
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
             doubles = self.resample is twice
             if not (doubles or self.scale_shift):
                 return dropout(gap(norm(conv_plus(first_conv, self.resample(h), emb))))
-            h = doubled_conv(first_conv, h) if doubles else fresh(first_conv, self.resample(h))
+            h = conv_of_doubled(first_conv, h) if doubles else fresh(first_conv, self.resample(h))
             emb = for_each(emb, h)                                                             # (B, C_out (· 2), 1, 1)
             h = norm(h, *emb.chunk(2, dim=1)) if self.scale_shift else norm(plus(h, emb))
             return dropout(gap(h))

@@ -5,8 +5,9 @@
     device   [ place ] [ place ]                             each as large as the largest layer
 
 While a layer computes in one place, the next one's weights are copied into the other: upwards through the network
-forward, downwards backward. Each layer is a checkpoint, so nothing of it but its inputs outlives its turn, and its
-weights come a second time when its gradient is computed. Values and gradients are those of the network itself.
+forward, downwards backward. Each layer is a checkpoint, so nothing of it outlives its turn but its inputs and what is
+dear (see `checkpointing.dear`), and its weights come a second time when its gradient is computed. Values and gradients
+are those of the network itself.
 
 On a CPU weights are in reach already. What is converted goes into a place from a map of its own, see `mapped`, and one
 place will do, since nothing is fetched ahead; what is not converted is read in such a map, and there is no place.

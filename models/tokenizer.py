@@ -31,8 +31,8 @@ NEVER_SET = 1_000_000  # transformers writes 1e30 where a length was never set
 class Tokens:
     """Prompts as the text transformer reads them.
 
-    ids: (B, L) int64, full length; mask: (B, L) bool, True from the begin to the end token;
-    cut: for each prompt the text that did not fit, "" where everything did.
+    ids: (B, L) int64, full length; mask: (B, L) bool, True where there is a prompt: of CLIP from the begin to the end
+    token; cut: for each prompt the text that did not fit, "" where everything did.
     """
 
     ids: Tensor

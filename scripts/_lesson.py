@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Schedule, hybrid_loss, mse, target
+from diffusion import Schedule, hybrid_loss, mse, random_times, target
 from inversion.training import step_generator
 from models import ClassModel, Tokens
 from models.loading import Model
@@ -50,7 +50,7 @@ class Pictures:
         shape = model.x0_shape(model.resolution, model.resolution)
         noise = torch.randn(2, b, *shape, generator=g)
         x0 = model.draw_x0(self.moments[which], noise[0])
-        t = times(b, schedule.steps, g)
+        t = random_times(b, schedule.steps, g)
         x_t = schedule.q_sample(x0, t, noise[1])
         shown = model if self.small is None else model.given(shape[1:], self.small[which], None, None)
         output = shown.predict(x_t, t, model.encode_text(tokens))
@@ -62,11 +62,6 @@ class Pictures:
         dropout = 0.0 if isinstance(model, ClassModel) else 1.0
         losses = [self.loss(model, schedule, 64, step_generator(2**30, i), dropout) for i in range(8)]
         return torch.stack(losses).mean().item()
-
-
-def times(b: int, steps: int, g: torch.Generator) -> Tensor:
-    """(b,) int64 times in 0 … steps - 1, one in each of b strata. In float64: float32 would round the last one up."""
-    return ((torch.rand(b, generator=g).double() + torch.arange(b)) * (steps / b)).long()
 
 
 def objective(model: Model, schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

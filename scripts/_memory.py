@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 import inversion
-import models
 from inversion.choice import table
 from inversion.sizes import parsed, size
 from models.devices import choose_device
@@ -16,8 +15,10 @@ HOW = ("checkpointing", "attention", "offload")
 
 
 def how(config: Any) -> dict[str, str]:
-    """The keyword arguments of `models.load` that a command's flags stand for; one that is None is the simplest."""
-    chosen = {name: getattr(config, name) for name in HOW if getattr(config, name) is not None}
+    """The keyword arguments of `models.load` that a command's flags stand for; one that is None, or not there, is the
+    simplest.
+    """
+    chosen = {name: flag for name in HOW if (flag := getattr(config, name, None)) is not None}
     if chosen.get("offload") == "stream":
         chosen = {"checkpointing": "blocks"} | chosen
     return chosen
@@ -57,8 +58,3 @@ def within_budget(config: Any, shell: Any, side: int, batch_size: int, drawn: in
         print(f"drawing the samples afterwards takes {size(afterwards)}, more than that: --samples 0 leaves it out")
     chosen = {name: getattr(best.setting, name) for name in HOW}
     return replace(config, dtype=str(best.setting.dtype).removeprefix("torch."), **chosen)
-
-
-def outlined(config: Any) -> Any:
-    """The model that the flags name, without its weights."""
-    return models.outline(config.model, config.prediction)

@@ -32,7 +32,7 @@ def new_folder(output: Path | None, name: str, resume: str = "") -> Path:
     return folder
 
 
-def require_place(**files: Path | None) -> None:
+def require_places(**files: Path | None) -> None:
     """Raise InversionError unless the files can be written, of which what takes hours is to end in them.
 
     files: by the names of their flags; None is one that nobody asked for.

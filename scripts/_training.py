@@ -16,6 +16,7 @@ from _runs import save_flags
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from inversion.config import cosine
 from inversion.training import step_generator
 from models import ModelError
 from models.replacing import write_pickle
@@ -66,7 +67,7 @@ class Trainer:
             return loss.item()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * rate(self.step - 1, self.steps, self.warmup)
+                group["lr"] = self.lr * cosine(self.step - 1, self.steps, self.warmup)
             optimizer.step()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -108,13 +109,6 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step, self.best = step, best
         self.put(self.master)
-
-
-def rate(step: int, steps: int, warmup: int) -> float:
-    """The fraction of the learning rate at a step: up in a line, down in half a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def run_steps(

@@ -14,7 +14,7 @@ from statistics import mean
 import torch
 from _command import run
 from _recipes import PHOTOGRAPHS, RECIPES, Recipe
-from _runs import require_place, write_json
+from _runs import require_places, write_json
 from tqdm import tqdm
 from train_inversion import EXAMPLE, Model, require_base
 
@@ -81,7 +81,7 @@ def main(config: Config) -> None:
         raise InversionError(f"--phrase {config.phrase} is the word itself, one start and not two: give another phrase")
     if config.samples < 1:
         raise InversionError(f"--samples is how many columns the picture has, at least 1, not {config.samples}")
-    require_place(picture=config.picture, output=config.output)
+    require_places(picture=config.picture, output=config.output)
     files, model = inversion.find_images(config.images), require_base(models.load(config.model))
     recipe = RECIPES.get(model.family, PHOTOGRAPHS)
     settings = [recipe.settings(seed, steps=config.steps) for seed in config.seeds]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from _command import run
-from _runs import require_place, write_json
+from _runs import require_places, write_json
 from torch import Tensor
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
         raise ModelError(f"--count is how many captions to draw, at least 1, not {config.count}")
     if config.batch_size < 1:
         raise ModelError(f"--batch-size is how many captions to draw at once, at least 1, not {config.batch_size}")
-    require_place(sheet=config.sheet, output=config.output)
+    require_places(sheet=config.sheet, output=config.output)
     folder = EMBEDDED.get(config.model, Path(config.model))
     training, names, captions = read_training_set(folder)
     model = models.load(config.model)

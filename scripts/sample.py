@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from _command import run
+from _memory import how
 from _runs import new_folder, word_and_file
 from PIL import Image
 from torch import Tensor
@@ -99,7 +100,7 @@ def draw(config: Config) -> Iterator[Tensor]:
     """`count` images a prompt, prompt after prompt, a batch as soon as it is drawn: (b, 3, size, size)."""
     model = models.load(
         config.model, dtype=config.dtype, device=config.device, prediction=config.prediction, variant=config.variant,
-        offload=config.offload, checkpointing="blocks" if config.offload == "stream" else "none",
+        **how(config),
     )  # fmt: skip
     size = model.resolution if config.size is None else config.size
     prompts = [prompt for prompt in config.prompt for _ in range(config.count)]

@@ -176,7 +176,9 @@ def export(model: Model, trainer: Trainer, folder: Path, dtype: torch.dtype, jud
 
 
 def main(config: Config) -> None:
-    """Train, writing the averaged model to output/model at every save."""
+    """Train, writing the averaged model to output/model, or without an autoencoder to output/model.safetensors, at
+    every save; with held-out pictures, at every one that is better than those before.
+    """
     config = begun(config)
     if config.data is None:
         raise ModelError("say what to learn from: --data FOLDER, of images with a captions.jsonl, or of classes")

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from _command import named, run
-from _memory import HOW, how, outlined, show, within_budget
+from _memory import HOW, how, show, within_budget
 from _recipes import PHOTOGRAPHS, RECIPES, Recipe
 from _runs import new_folder, resumed, save_flags, word_and_file, write_json
 from torch import Tensor
@@ -41,7 +41,7 @@ EXAMPLE = Path(inversion.__file__).parent / "data" / "poodle"
 @dataclass
 class Config:
     model: str = "emoji"
-    """emoji, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
+    """emoji, emoji-glide, glide, a folder, a .safetensors, .ckpt or .pt file, or a hub id."""
     images: Path = EXAMPLE
     """A folder of images; a .txt beside an image, of the same stem, is its caption."""
     token: str = "<poodle>"
@@ -49,7 +49,8 @@ class Config:
     init: str = "dog"
     """A word or phrase to start from, or the file of a concept; WORD=FILE if it holds several."""
     vectors: int | None = None
-    """How many vectors the word has; None takes one a token of --init, with emoji at least eight."""
+    """How many vectors the word has; None takes one a token of --init, at least eight with emoji, four with
+    emoji-glide."""
     name: str | None = None
     """The concept in plain words, to compare with and to name the files; None strips the token."""
     templates: str | None = None
@@ -148,7 +149,7 @@ def main(config: Config) -> None:
 
 def planning(config: Config) -> tuple[Model, int, int]:
     """The model without its weights, the side of the images, and how many go through it at once."""
-    shell = require_base(outlined(config))
+    shell = require_base(models.outline(config.model, config.prediction))      # without its weights
     recipe = RECIPES.get(shell.family, PHOTOGRAPHS)
     side = shell.resolution if config.resolution is None else config.resolution
     return shell, side, recipe.batch_size if config.batch_size is None else config.batch_size

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion import SAMPLERS, DiffusionError, Schedule, default_levels
 from guidance import GuidanceError, generate
-from guidance.inputs import warn_of_words
+from guidance.inputs import _whole, warn_of_words
 from inversion import Concept
+from models.tokenizer import placeholder_pattern
 from models.unet_model import Sampling
 from tests.tiny import tiny_model
 
@@ -220,9 +223,9 @@ def test_one_image_for_all_or_one_for_each() -> None:
 def test_an_image_of_another_dtype_is_taken_in_float32(dtype: torch.dtype) -> None:
     model, first = Model(), []
     image = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(dtype)
-    for given in (image, image.float()):
+    for start in (image, image.float()):
         model.first = None
-        generate(model, "0.4", image=given, scale=1.0, steps=10, strength=0.5, generator=3)
+        generate(model, "0.4", image=start, scale=1.0, steps=10, strength=0.5, generator=3)
         first.append(model.first)
     assert first[0].dtype == torch.float32
     assert torch.equal(*first)
@@ -380,6 +383,12 @@ def test_a_word_within_another_is_not_the_learned_one() -> None:
         warnings.simplefilter("error")
         warn_of_words([frida], ["fridas", "frida's"])
         warn_of_words([], ["fridas"])
+
+
+@given(st.lists(st.text("a <>-é", min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=3), st.text("a <>-é"))
+def test_learned_words_are_found_where_the_tokenizers_find_them(names: list[str], text: str) -> None:
+    pattern = placeholder_pattern(dict.fromkeys(names, 1))
+    assert _whole(names).findall(text) == pattern.split(text)[1::2]
 
 
 def test_a_model_that_let_its_vae_go_is_refused_before_it_draws() -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import attention
-from models.attention import FeedForward, SpatialTransformer, TransformerBlock
+from models import transformer
+from models.attention import SpatialTransformer
 from models.condition import Condition
+from models.transformer import FeedForward, TransformerBlock
 from tests.tiny import randomise
 
 
@@ -28,8 +29,8 @@ def block() -> nn.Module:
 def test_in_parts_it_is_what_is_recorded(
     rows: int, mode: type, block: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "PART_BYTES", 1)
-    monkeypatch.setattr(attention, "PART_ROWS", rows)
+    monkeypatch.setattr(transformer, "PART_BYTES", 1)
+    monkeypatch.setattr(transformer, "PART_ROWS", rows)
     x, context = numbers(2, 9, 32, seed=1), numbers(2, 5, 24, seed=2)
     recorded = block(x.clone().requires_grad_(), Condition(torch.zeros(2, 1), context))
     widened, widen, before = [], FeedForward.all_but_the_last, x.clone()
@@ -69,8 +70,8 @@ class Twice(nn.Module):
 def test_who_listens_sees_no_part_and_another_layer_is_called(
     block: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "PART_BYTES", 1)
-    monkeypatch.setattr(attention, "PART_ROWS", 7)
+    monkeypatch.setattr(transformer, "PART_BYTES", 1)
+    monkeypatch.setattr(transformer, "PART_ROWS", 7)
     x, cond, seen = numbers(2, 9, 32, seed=1), Condition(torch.zeros(2, 1), numbers(2, 5, 24, seed=2)), []
     alone = block(x, cond)
     heard = block.ff.net[0].register_forward_hook(lambda layer, inputs, y: seen.append(y.shape))

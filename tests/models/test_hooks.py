@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from models import bands, fused_linear
-from models.attention import GEGLU, Attention, FeedForward, TransformerBlock
 from models.condition import Condition
 from models.layers import Conv2d, Linear, Pointwise, plus_conv
+from models.transformer import GEGLU, Attention, FeedForward, TransformerBlock
 from tests.tiny import tiny_classes, tiny_glide, tiny_model
 
 LEAVES = nn.Conv2d, nn.Conv1d, nn.Linear, nn.GroupNorm, nn.LayerNorm

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models import checkpointing, layers, products, residual
-from models.attention import GEGLU, ImageAttention, JointAttention, SpatialTransformer
+from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.condition import Condition
 from models.layers import (
     Conv2d,
@@ -21,8 +21,8 @@ from models.layers import (
     Pointwise,
     Upsample,
     conv3x3,
+    conv_of_doubled,
     conv_plus,
-    doubled_conv,
     half,
     norm_conv,
     plus,
@@ -30,6 +30,7 @@ from models.layers import (
     twice,
     zero,
 )  # fmt: skip
+from models.transformer import GEGLU
 from models.unet import ResBlock, UNet, UNetConfig
 from models.vae import Downsample, VAEConfig
 from tests.tiny import tiny_model
@@ -273,8 +274,8 @@ def test_a_convolution_that_is_made_otherwise_is_torch_s_when_frozen_too(how: di
             "plus": lambda: nn.Conv2d.forward(conv, x) + emb, "normed": lambda: nn.Conv2d.forward(conv, norm(x)),
         }  # fmt: skip
         ours = {
-            "alone": lambda: conv(x), "doubled": lambda: doubled_conv(conv, x), "plus": lambda: conv_plus(conv, x, emb),
-            "normed": lambda: norm_conv(norm, conv, x),
+            "alone": lambda: conv(x), "doubled": lambda: conv_of_doubled(conv, x),
+            "plus": lambda: conv_plus(conv, x, emb), "normed": lambda: norm_conv(norm, conv, x),
         }  # fmt: skip
         torch.testing.assert_close(ours[wrapped](), theirs[wrapped](), rtol=0, atol=1e-5)      # sums of 288 below 4
 
@@ -307,6 +308,6 @@ def test_convolutions_and_gates_without_a_bias() -> None:
     with torch.no_grad():
         conv.requires_grad_(False)
         plainly = F.conv2d(twice(x), conv.weight, padding=1), F.conv2d(x, conv.weight, padding=1) + emb
-        found = doubled_conv(conv, x), conv_plus(conv, x, emb)
+        found = conv_of_doubled(conv, x), conv_plus(conv, x, emb)
         torch.testing.assert_close(found, plainly, rtol=0, atol=1e-5)                          # as above
         torch.testing.assert_close(gate.requires_grad_(False)(tokens), value * F.gelu(by), rtol=0, atol=1e-5)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._saved_bytes import SavedBytes
-from models import attention, bands, checkpointing, frozen, sliced_attention
+from models import attention, bands, checkpointing, frozen, sliced_attention, transformer
 from models.attend import AttentionKind
-from models.attention import ImageAttention, JointAttention, SpatialTransformer, TransformerBlock
+from models.attention import ImageAttention, JointAttention, SpatialTransformer
 from models.checkpointing import Checkpointing
 from models.condition import Condition
 from models.errors import ModelError
+from models.transformer import TransformerBlock
 from models.unet import ResBlock, UNet, UNetConfig
 from tests.tiny import randomise, tiny_model
 
@@ -166,13 +167,21 @@ def test_one_image_may_be_told_several_texts(kind: str, pooled: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[AttentionKind]:
+    """The kernels that are asked for from now on."""
+    kernels: list[AttentionKind] = []
+    for module in (attention, transformer):
+        attend = module.attend
+        monkeypatch.setattr(module, "attend", lambda *qkv, kind, a=attend: kernels.append(kind) or a(*qkv, kind=kind))
+    return kernels
+
+
 @pytest.mark.parametrize("kernel", ["auto", "sliced", "fused", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_attention_takes_the_kernel_that_was_asked_for(
     kind: str, kernel: AttentionKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels, attend = [], attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *qkv, kind: kernels.append(kind) or attend(*qkv, kind=kind))
+    kernels = watched(monkeypatch)
     unet, given = network(kind, torch.float32), inputs(torch.float32)
     unet(given["x"], torch.tensor([3, 700]), given["context"], given["pooled"], attention=kernel)
     each = {TransformerBlock: 2, ImageAttention: 1, JointAttention: 1}
@@ -180,11 +189,10 @@ def test_every_attention_takes_the_kernel_that_was_asked_for(
 
 
 def test_a_model_asks_for_the_kernel_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, attend = set(), attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *qkv, kind: kernels.add(kind) or attend(*qkv, kind=kind))
+    kernels = watched(monkeypatch)
     model = replace(tiny_model(), attention="sliced")
     model.predict(torch.ones(1, 4, 8, 8), torch.tensor([5]), model.encode_text(model.tokenizer.encode(["a dog"])))
-    assert kernels == {"sliced"}
+    assert set(kernels) == {"sliced"}
     assert model.setting.attention == "sliced"
 
 

@@ -336,12 +336,12 @@ def test_a_place_that_may_not_be_written_is_refused(
     runs = importlib.import_module("_runs")
     (tmp_path / "file").touch()
     with pytest.raises(InversionError, match=r"file being a file: choose another --sheet$"):
-        runs.require_place(picture=None, sheet=tmp_path / "file" / "x.png")
+        runs.require_places(picture=None, sheet=tmp_path / "file" / "x.png")
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)          # who runs the tests may write anywhere
     with pytest.raises(InversionError, match=rf"{tmp_path} being read-only: choose another --output$"):
         runs.new_folder(tmp_path / "a" / "b", "frida")
     with pytest.raises(InversionError, match=rf"{tmp_path} being read-only: choose another --sheet$"):
-        runs.require_place(sheet=tmp_path / "x.png")
+        runs.require_places(sheet=tmp_path / "x.png")
 
 
 def test_an_upsampler_learns_no_word(script: ModuleType, config: Any, tmp_path: Path) -> None:
@@ -593,7 +593,7 @@ def test_what_fits_is_what_the_run_gets(
     monkeypatch.setattr(script.inversion, "plan", lambda shell, *what: planned)
     monkeypatch.setattr(script.inversion, "drawing", lambda shell, *what: asked.append(what) or 2**21)
     given = replace(config, memory_budget="2MiB", device="cpu")
-    found = script.within_budget(given, script.outlined(config), 24, 3, drawn=5)
+    found = script.within_budget(given, models.outline(config.model), 24, 3, drawn=5)
     assert found == replace(given, dtype="bfloat16", checkpointing="attention", attention="sliced", offload="idle")
     assert asked == [(setting, 24, 5, torch.device("cpu"))]
     assert "drawing" not in capsys.readouterr().out                     # takes more than learning, and fits
@@ -612,15 +612,22 @@ def test_a_plan_knows_the_dtypes_that_a_flag_can_name(
 
 
 def test_the_flags_of_a_run_stand_for_a_setting(
-    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, config: Any
 ) -> None:
     assert script.how(config) == {}
     assert script.how(replace(config, offload="stream")) == {"checkpointing": "blocks", "offload": "stream"}
     wrong = {"checkpointing": "none", "offload": "stream"}              # which what loads or plans refuses
     assert script.how(replace(config, **wrong)) == wrong
-    monkeypatch.setattr(models, "outline", lambda *what: what)
-    given = replace(config, model="x.ckpt", prediction="v_prediction")
-    assert script.outlined(given) == ("x.ckpt", "v_prediction")
+
+
+def test_a_plan_is_of_the_model_that_the_flags_name(
+    script: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(models, "outline", lambda *what: asked.append(what) or tiny_model())
+    given = replace(config, model="x.ckpt", prediction="v_prediction", resolution=None, batch_size=3)
+    assert script.planning(given)[1:] == (16, 3)
+    assert asked == [("x.ckpt", "v_prediction")]
 
 
 @pytest.mark.parametrize(
