@@ -28,8 +28,9 @@ def random_times(count: int, steps: int, generator: torch.Generator) -> Tensor:
 
     So the mean loss of a batch varies less than that of times drawn each for itself. generator: on the CPU.
     """
-    strata = torch.rand(count, generator=generator, dtype=torch.float64) + torch.arange(count)
-    return (strata * (steps / count)).long().clamp(max=steps - 1)      # which the last one may be rounded up to
+    within = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    strata = within + torch.arange(count, device="cpu")
+    return (strata * (steps / count)).long().clamp(max=steps - 1)      # the last one may be rounded up to T
 
 
 def target(schedule: Schedule, form: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

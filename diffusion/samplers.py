@@ -48,10 +48,10 @@ def draw(shape: Sequence[int], generator: Generators, dtype: torch.dtype = torch
     Raises DiffusionError if there are generators, but not B of them.
     """
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(tuple(shape), generator=generator, dtype=dtype)
+        return torch.randn(tuple(shape), generator=generator, dtype=dtype, device="cpu")
     if len(generator) != shape[0]:
         raise DiffusionError(f"{len(generator)} generators were given for a batch of {shape[0]}")
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, dtype=dtype) for g in generator])
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, dtype=dtype, device="cpu") for g in generator])
 
 
 def ddpm(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from diffusion.errors import DiffusionError
 
+TABLE = {"dtype": torch.float64, "device": "cpu"}    # whatever torch's defaults are
 NAMES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -91,7 +92,7 @@ class Schedule:
     @property
     def betas(self) -> Tensor:
         """(T,) float64 on the CPU: 1 - alpha_bar_t / alpha_bar_{t-1}; 1 where there was nothing but noise before."""
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
+        before = torch.cat([self.alphas_bar.new_ones(1), self.alphas_bar[:-1]])
         return torch.where(before > 0, 1 - self.alphas_bar / before, 1.0)
 
     def __repr__(self) -> str:
@@ -196,7 +197,7 @@ def _betas(name: str, steps: int, start: float | None, end: float | None) -> Ten
     if name == "squaredcos_cap_v2":
         if start is not None or end is not None:
             raise DiffusionError("squaredcos_cap_v2 takes no beta_start or beta_end: its formula says it all")
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
+        u = torch.arange(steps + 1, **TABLE) / steps
         alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     scale = 1000 / steps if name == "linear" else 1.0
@@ -208,8 +209,8 @@ def _betas(name: str, steps: int, start: float | None, end: float | None) -> Ten
     if not (0 < start < 1 and 0 < end < 1):
         raise DiffusionError(f"betas lie between 0 and 1, but {name} over {steps} steps runs from {start:g} to {end:g}")
     if name == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(start, end, steps, **TABLE)
+    return torch.linspace(start**0.5, end**0.5, steps, **TABLE) ** 2
 
 
 def _zero_terminal(alphas_bar: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Denoiser, Level, Prediction, predict
+from guidance.errors import GuidanceError
 
 
 class Predictor(Protocol):
@@ -39,14 +40,19 @@ def bind(model: Predictor, features: Any, times: int = 1) -> Denoiser:
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         shown = x_t[: len(x_t) // times]                                                       # (b, C, h, w)
-        t = torch.full((len(shown),), level.t, device=x_t.device)                              # (b,)
+        t = torch.full((len(shown),), level.t, dtype=torch.float32, device=x_t.device)         # (b,)
         return predict(model.prediction, x_t, model.predict(shown, t, features), level.alpha_bar)
 
     return denoise
 
 
 def classifier_free(conditional: Denoiser, null: Denoiser, scale: float) -> Denoiser:
-    """Guidance from two denoisers of x_t (B, C, h, w); at scale 1 or 0 only the one that counts is asked."""
+    """Guidance from two denoisers of x_t (B, C, h, w); at scale 1 or 0 only the one that counts is asked.
+
+    Raises GuidanceError for a scale of several numbers, and as `combine`.
+    """
+    if getattr(scale, "ndim", 0):
+        raise GuidanceError(f"a guidance scale is one number (1 is off), not {scale!r}")
     if scale in (0, 1):
         return conditional if scale == 1 else null
     return lambda x_t, level: combine(conditional(x_t, level), null(x_t, level), scale)
@@ -55,7 +61,7 @@ def classifier_free(conditional: Denoiser, null: Denoiser, scale: float) -> Deno
 def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
     """Guidance from one denoiser bound to 2B prompts, the null ones first: one pass over a doubled batch.
 
-    Returns a denoiser of x_t (B, C, h, w).
+    Returns a denoiser of x_t (B, C, h, w), which raises as `combine`.
     """
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
@@ -72,7 +78,10 @@ def classifier_free_pair(both: Denoiser, scale: float) -> Denoiser:
 def combine(conditional: Prediction, null: Prediction, scale: float) -> Prediction:
     """null + scale · (conditional - null) on x_0 and eps; a learned variance and a guide stay the conditional's.
 
-    That is GLIDE's choice for the variance (openai/glide-text2im at 69b5307, its text2im notebook).
+    That is GLIDE's choice for the variance (openai/glide-text2im at 69b5307, its text2im notebook). Raises
+    GuidanceError for a guide of the null prediction alone, which would have no effect.
     """
+    if null.guide is not None and conditional.guide is None:
+        raise GuidanceError("a gradient guides the null prediction alone: guide the conditional one, or what both make")
     x0, eps = (n + scale * (c - n) for c, n in ((conditional.x0, null.x0), (conditional.eps, null.eps)))
     return replace(conditional, x0=x0, eps=eps, clipped=False)

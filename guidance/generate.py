@@ -98,6 +98,8 @@ def generate(
         raise GuidanceError(f"a gradient is of all {len(prompts)} images: raise batch_size to that")
     levels, upsampler = levels_of(model, sampler, steps), model.upsampler
     image, kept, small, sides = pictures(model, image, mask, len(prompts), height, width)
+    if image is None and (said := inputs.late(sampler, levels, Schedule(**model.schedule))):
+        warnings.warn(said, UserWarning, stacklevel=3)
     levels = _from_there_on(levels, image, strength)
     if guidance is not None and sampler != "ddpm" and 0 < levels[0].alpha_bar < inputs.GUIDED_FROM:
         warnings.warn(inputs.too_noisy(sampler, levels[0].alpha_bar), UserWarning, stacklevel=3)

@@ -106,7 +106,7 @@ def classifier(network: Any, classes: Sequence[int | str], scale: float) -> Grad
         raise GuidanceError(f"{what}: this classifier knows {known}, and wants one an image")
     parameters = getattr(network, "parameters", tuple)
     with torch.inference_mode(False):
-        y = torch.tensor(numbers)
+        y = torch.tensor(numbers, device="cpu")
 
     def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
         if len(x_t) != len(y):

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion import Level, Schedule
 from guidance.errors import GuidanceError
 
+DRAWN_FROM = 0.04       # alpha_bar, a fifth of an image: the usual numbers of steps begin below 0.02
 GUIDED_FROM = 1e-5      # alpha_bar: the linear schedule ends at 4e-5, from where classifiers are known to guide DDIM
 WORD = re.compile(r"<[^\s<>|]+>")       # as learned words are usually written; <|…|> are a tokenizer's own
 Randomness = int | Sequence[int] | torch.Generator | None
@@ -82,6 +84,20 @@ def too_noisy(sampler: str, alpha_bar: float) -> str:
     )
 
 
+def late(sampler: str, levels: Sequence[Level], schedule: Schedule) -> str | None:
+    """What to say of many steps that begin where an image should be there already, as DDIM's do if they do not divide
+    the schedule's; None of few, which are a quick look, and where there is little but noise, or at no time.
+    """
+    steps, first = len(levels) - 1, levels[0]
+    if steps <= schedule.steps // 8 or not first.alpha_bar > DRAWN_FROM > schedule.alphas_bar[-1]:
+        return None
+    return (
+        f"{steps} steps of {sampler} begin at time {first.t:g} of {schedule.steps}, where {first.alpha_bar**0.5:.0%} "
+        f"of an image should be there, and drawing begins with noise: take fewer, {max(schedule.steps // 20, 1)} for "
+        "example, or euler"
+    )
+
+
 def require_sizes(**sizes: Any) -> None:
     """Raise GuidanceError for a size that is given and no whole number."""
     for name, size in sizes.items():
@@ -130,7 +146,7 @@ def streams(generator: Randomness, count: int) -> list[torch.Generator]:
     else:
         if generator is not None and generator.device.type != "cpu":
             raise GuidanceError("noise is drawn on the CPU, for every device alike: give a CPU generator")
-        seeds = [torch.randint(2**63 - 1, (), generator=generator).item() for _ in range(count)]
+        seeds = [torch.randint(2**63 - 1, (), generator=generator, device="cpu").item() for _ in range(count)]
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 

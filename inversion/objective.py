@@ -57,7 +57,7 @@ def random_batch(
     size = len(which)
     chosen = [templates[i][c % len(templates[i])] for i, c in zip(which.tolist(), choice.tolist())]
     t = random_times(size, steps, generator)  # (B,)
-    how = {"generator": generator, "dtype": torch.float32}
+    how = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     draw, noise = (torch.randn(size, *shape, **how) for _ in range(2))  # (B, C, h, w)
     return Batch(moments[which], chosen, t, draw, noise)
 

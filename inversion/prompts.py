@@ -160,7 +160,7 @@ def check_prompts(tokenizer: Any, concept: Concept, templates: Sequence[Sequence
 def unique_prompts(prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
     """The distinct prompts, in order of appearance, and for each prompt (B,) int64 which of them it is."""
     distinct = list(dict.fromkeys(prompts))
-    return distinct, torch.tensor([distinct.index(prompt) for prompt in prompts])
+    return distinct, torch.tensor([distinct.index(prompt) for prompt in prompts], device="cpu")
 
 
 def _read_text(path: Path) -> str:

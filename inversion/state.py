@@ -115,7 +115,7 @@ class State:
         """Whether the fields are such as `save` can have written."""
         tensors = (self.vectors, self.mean, self.square, self.best)
         numbers = all(isinstance(x, Tensor) and x.shape == shape and x.dtype == torch.float32 for x in tensors)
-        fresh = State.start(torch.zeros(shape))
+        fresh = State.start(torch.zeros(shape, device="cpu"))
         counted = all(
             type(getattr(self, field.name)) is type(getattr(fresh, field.name))
             for field in fields(self) if field.name != "scale"

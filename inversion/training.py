@@ -176,8 +176,8 @@ class Training:
         """Samples of a step: each image as often as any other, as nearly as the size allows."""
         size, count = self.config.batch_size * self.config.accumulation, len(self.moments)
         generator = step_generator(self.config.seed, step)
-        rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
-        which, choice = torch.cat(rounds)[:size], torch.randint(2**31, (size,), generator=generator)
+        rounds = [torch.randperm(count, generator=generator, device="cpu") for _ in range(-(-size // count))]
+        which, choice = torch.cat(rounds)[:size], torch.randint(2**31, (size,), generator=generator, device="cpu")
         return random_batch(self.moments, self.templates, which, choice, self.shape, self.schedule.steps, generator)
 
     def _validated(self, state: State) -> State:

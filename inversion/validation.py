@@ -32,7 +32,7 @@ class Validation:
         shape: Sequence[int], pairs: int, batch_size: int,
     ) -> None:  # fmt: skip
         self.model, self.schedule, self.batch_size = model, schedule, batch_size
-        every = torch.arange(len(moments) * pairs)  # sample j: image j % N, in the stratum j // N
+        every = torch.arange(len(moments) * pairs, device="cpu")  # sample j: image j % N, in the stratum j // N
         generator = torch.Generator().manual_seed(STREAM)
         self.batch = random_batch(moments, templates, every % len(moments), every, shape, schedule.steps, generator)
 

@@ -48,7 +48,7 @@ class ClassTokenizer:
             raise ModelError(f"classes are a list of names or numbers: put {texts!r} in brackets")
         if placeholders:
             raise ModelError(f"a model of classes reads no words, and so no learned ones: {', '.join(placeholders)}")
-        ids = torch.tensor([[self.null if text == "" else self.classes.index(text)] for text in texts])
+        ids = torch.tensor([[self.null if text == "" else self.classes.index(text)] for text in texts], device="cpu")
         return Tokens(ids, ids < self.null, [""] * len(texts))
 
 

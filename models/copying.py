@@ -55,7 +55,7 @@ class CopyBeside:
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.pinned = [torch.empty(size, dtype=dtype, pin_memory=True) for _ in range(PLACES)]
+        self.pinned = [torch.empty(size, dtype=dtype, device="cpu", pin_memory=True) for _ in range(PLACES)]
         self.sent: list[torch.cuda.Event | None] = [None] * PLACES
         self.thread = ThreadPoolExecutor(1, "weights")
 
@@ -78,7 +78,8 @@ class CopyBeside:
         if self.sent[place] is not None:
             self.sent[place].synchronize()           # what was pinned there before has left
         if extent(device) > len(self.pinned[place]):
-            self.pinned[place] = torch.empty(extent(device), dtype=self.pinned[place].dtype, pin_memory=True)
+            dtype = self.pinned[place].dtype
+            self.pinned[place] = torch.empty(extent(device), dtype=dtype, device="cpu", pin_memory=True)
         pinned = views(self.pinned[place], device)
         for source, target in zip(host, pinned):
             target.copy_(source)

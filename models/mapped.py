@@ -96,7 +96,7 @@ class Mapped:
             storage = torch.UntypedStorage.from_file(self.path, False, self.end * self.weight.itemsize)
         except RuntimeError:                                                                 # gone, or cut short
             return self.weight
-        return torch.empty(0, dtype=self.weight.dtype).set_(storage, self.at, self.weight.shape, self.weight.stride())
+        return self.weight.new_empty(0).set_(storage, self.at, self.weight.shape, self.weight.stride())
 
 
 def mapped(groups: Iterable[Iterable[Tensor]], device: torch.device) -> list[list[Mapped]]:

@@ -172,10 +172,10 @@ def fitted(rows: list[list[int]], room: int, text_of: Callable[[list[int]], str]
 
 def padded(rows: list[list[int]], length: int, pad: int, cut: list[str]) -> Tokens:
     """Rows at full length, with their mask."""
-    ids = torch.full((len(rows), length), pad, dtype=torch.int64)                              # (B, L)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)                                            # (B, L)
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64, device="cpu")                              # (B, L)
+    mask = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")                                            # (B, L)
     for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, dtype=torch.int64), True
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu"), True
     return Tokens(ids, mask, cut)
 
 

@@ -23,7 +23,7 @@ from diffusion.posterior import posterior_variance
 @pytest.mark.parametrize("drawn", [0.0, 1 - 2**-53])
 def test_a_time_lies_in_each_stratum_and_none_beyond_the_last(monkeypatch: pytest.MonkeyPatch, drawn: float) -> None:
     """Not even for the largest number that torch.rand gives, which is rounded up in the last stratum."""
-    monkeypatch.setattr(torch, "rand", lambda b, generator, dtype: torch.full((b,), drawn, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda b, generator, **how: torch.full((b,), drawn, **how))
     times = random_times(32, 1000, torch.Generator())
     assert times.dtype == torch.int64
     ends = [min(1000 * (i + (drawn > 0)) // 32, 999) for i in range(32)]

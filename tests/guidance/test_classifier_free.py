@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Denoiser, Level, Prediction, Schedule
-from guidance import bind, classifier_free, classifier_free_pair
+from guidance import GuidanceError, bind, classifier_free, classifier_free_pair, with_gradient
 
 LEVEL = Schedule("scaled_linear").level(600)
 EXACT = 1e-12  # float64 rounding
@@ -49,6 +49,43 @@ def test_only_what_counts_is_asked(scale: float, asked: tuple[int, int]) -> None
     null: list[int] = []
     classifier_free(gaussian(0.8, conditional), gaussian(-0.5, null), scale)(x_t(), LEVEL)
     assert (len(conditional), len(null)) == asked
+
+
+def test_a_scale_is_one_number() -> None:
+    scales = torch.tensor([3.0, 5.0]).view(2, 1, 1, 1)
+    with pytest.raises(GuidanceError, match="a guidance scale is one number"):
+        classifier_free(gaussian(0.8), gaussian(-0.5), scales)
+    one = torch.tensor(3.0, dtype=torch.float64)
+    found, wanted = (classifier_free(gaussian(0.8), gaussian(-0.5), s)(x_t(), LEVEL).x0 for s in (one, 3.0))
+    assert torch.equal(found, wanted)
+
+
+def test_a_gradient_of_the_null_prediction_alone_is_refused() -> None:
+    """It was dropped."""
+    steered = with_gradient(gaussian(-0.5), lambda x, level: torch.ones_like(x))
+    with pytest.raises(GuidanceError, match="a gradient guides the null prediction alone"):
+        classifier_free(gaussian(0.8), steered, 3.0)(x_t(), LEVEL)
+    guided = classifier_free(steered, gaussian(0.8), 3.0)(x_t(), LEVEL)
+    assert torch.equal(guided.guide, torch.ones_like(x_t()))
+
+
+def test_a_network_is_told_its_time_whatever_the_default_dtype_is() -> None:
+    """bfloat16 has no 501."""
+    told: list[Tensor] = []
+
+    class Asked:
+        prediction = "epsilon"
+
+        def predict(self, x_t: Tensor, t: Tensor, features: None) -> Tensor:
+            told.append(t)
+            return x_t
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        bind(Asked(), None)(x_t(1), Schedule("scaled_linear").level(501))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.tolist() for t in told] == [[501.0]]
 
 
 def test_the_pair_is_one_pass() -> None:

@@ -362,6 +362,19 @@ def test_a_learned_word_that_no_prompt_has_is_warned_of() -> None:
             generate(Model(), steps=2, concepts=[word], **silent)
 
 
+def test_many_steps_that_begin_in_the_middle_are_warned_of() -> None:
+    said = r"^501 steps of ddim begin at time 501 of 1000, where 5\d% of an image should be there, .*: take fewer, 50"
+    with pytest.warns(UserWarning, match=said) as warned:
+        generate(Model(), "0.1", steps=501, sampler="ddim")
+    assert [each.filename for each in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(Model(), "0.1", steps=500, sampler="ddim")
+        generate(Model(), "0.1", steps=501, sampler="euler")
+        generate(Model(), "0.1", steps=501, sampler="ddim", image=torch.zeros(3, 16, 16))
+        generate(Model(), "0.1", steps=3, sampler="ddim")                                       # a quick look
+
+
 def test_a_word_that_nobody_learned_is_warned_of() -> None:
     word = Word("<a>", torch.zeros(1, 1))
     prompts = ["0.1 <b>", "<a> <c-d> <b>"]

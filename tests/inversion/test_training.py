@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import models
+from guidance import generate
 from inversion import Concept, InversionError, Result, StepReport, TrainConfig, Training, train
 from inversion.objective import denoising_loss
 from inversion.trainer import state_file
@@ -141,6 +142,22 @@ def test_torch_s_default_dtype_draws_nothing_else() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found.concept.vectors, wanted.concept.vectors)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+def test_torch_s_default_device_draws_nothing_else(make: Callable[[], Any]) -> None:
+    """Notebooks set it to cuda; meta stands for that, on which no number can be read."""
+    wanted = learn(make(), replace(FAST, steps=2))
+    drawn = generate(make(), ["a dog"], steps=2, sampler="ddpm", generator=0)
+    model, other, shown = make(), make(), images()
+    torch.set_default_device("meta")
+    try:
+        result = train(model, Concept.from_text(model, "<x>", "dog"), shown, TEMPLATES, replace(FAST, steps=2))
+        again = generate(other, ["a dog"], steps=2, sampler="ddpm", generator=0)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(result.concept.vectors, wanted.concept.vectors)
+    assert torch.equal(again, drawn)
 
 
 # --- the gradient
