@@ -93,7 +93,7 @@ class Training:
         self.model, self.concept, self.templates, self.config = model, concept, templates, config
         self.schedule, self.shape = Schedule(**model.schedule), model.x0_shape(*images.shape[2:])
         freeze(model)
-        self.images_hash = _hash(images)
+        self.images_hash, self.weights_hash = _hash(images), _hash(str(_ends_of_weights(model)))
         self.moments = torch.cat([model.moments(image[None].to(model.device)).cpu() for image in images])
         if not keep_encoder:
             model.release_encoder()
@@ -222,9 +222,7 @@ class Training:
         run = asdict(self.config) | {"placeholder": self.concept.placeholder, "family": self.model.family}
         run |= {"images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
         run |= {"templates": _hash(str([list(lines) for lines in self.templates])), "dtype": str(self.model.dtype)}
-        network = getattr(self.model, "unet", None)
-        last = [] if network is None else list(network.parameters())[-1:]   # no two trained networks have it in common
-        said = f"{self.model.prediction} {sorted(self.model.schedule.items())} {[_hash(p) for p in last]}"
+        said = f"{self.model.prediction} {sorted(self.model.schedule.items())} {self.weights_hash}"
         return run | {"model": _hash(said)}
 
 
@@ -233,6 +231,16 @@ def freeze(model: Any) -> None:
     for part in vars(model).values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
+
+
+def _ends_of_weights(model: Any) -> list[float]:
+    """The first and the last number of every weight, as the model's dtype has it, in whichever its weights wait.
+
+    Another model has others, one whose autoencoder or text transformer was exchanged, or into which a LoRA was merged.
+    """
+    networks = [part for part in vars(model).values() if isinstance(part, nn.Module)]
+    weights = [p.detach() for part in networks for p in part.parameters() if p.numel() and not p.is_meta]
+    return [weight[(end,) * weight.ndim].to(model.dtype).item() for weight in weights for end in (0, -1)]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

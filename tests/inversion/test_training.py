@@ -515,15 +515,30 @@ def test_a_model_run_in_another_way_is_another_run(tmp_path: Path, name: str, va
 
 
 def test_another_model_is_another_run(tmp_path: Path) -> None:
-    """Of the same words, as Stable Diffusion 1.4 and 1.5 are."""
+    """Of the same words, as Stable Diffusion 1.4 and 1.5 are; another autoencoder, a LoRA merged into one layer."""
     file = tmp_path / "x.safetensors"
     learn(tiny_model(), file=file)
-    other = tiny_model()
-    other.unet.out[2].bias += 1
-    with pytest.raises(InversionError, match="its model is"):
-        learn(other, file=file, resume=True)
+    for changed in (
+        lambda model: model.unet.out[2].bias, lambda model: model.vae.quant_conv.weight,
+        lambda model: model.unet.middle_block[1].transformer_blocks[0].attn2.to_k.weight,
+        lambda model: model.text.final_layer_norm.weight,
+    ):  # fmt: skip
+        other = tiny_model()
+        changed(other).mul_(2)
+        with pytest.raises(InversionError, match="its model is"):
+            learn(other, file=file, resume=True)
     with pytest.raises(InversionError, match="its model is"):
         learn(replace(tiny_model(), prediction="v_prediction"), file=file, resume=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_run_in_less_memory_is_the_same_run(tmp_path: Path, dtype: str) -> None:
+    """Its weights wait in the file's dtype, elsewhere, and in another order."""
+    models.save(tiny_model(), tmp_path / "model")
+    file, small = tmp_path / "x.safetensors", {"offload": "stream", "checkpointing": "blocks"}
+    for how, resume in (({}, False), (small, True), ({"offload": "idle"}, True)):
+        model = models.load(tmp_path / "model", dtype=dtype, device="cpu", **how)
+        learn(model, replace(FAST, steps=2), file=file, resume=resume)
 
 
 def test_the_time_spent_adds_up_over_steps_and_runs(tmp_path: Path) -> None:
