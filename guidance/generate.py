@@ -119,8 +119,8 @@ def generate(
             images.append(drawn.float().cpu())
             if not images[-1].isfinite().all():
                 raise GuidanceError(
-                    "what was drawn is not finite: the numbers left the range of their dtype; use a smaller guidance "
-                    "scale, or float32"
+                    "what was drawn is not finite: the numbers left the range of their dtype, or the weights of the "
+                    "model or the word are damaged; use a smaller guidance scale, or float32"
                 )
     return torch.cat(images)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from inversion.errors import InversionError
 from inversion.formats import read_embeddings, write_embedding
+from models.files import as_path
 
 FAMILY_OF_WIDTH = {512: "GLIDE", 768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 FAMILIES = {"glide": "GLIDE", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
@@ -95,7 +96,7 @@ class Concept:
         holds several; otherwise what to call it instead of its own name. Raises InversionError, naming what was
         found and what would do.
         """
-        words, metadata = read_embeddings(Path(path))
+        words, metadata = read_embeddings(as_path(path))
         if len(words) > 1 and placeholder not in words:
             listed = ", ".join(list(words)[:8])
             other = "" if placeholder is None else f", and {placeholder} is none of them"
@@ -139,7 +140,7 @@ class Concept:
 
         Raises InversionError for a path that ends as a pickle's does.
         """
-        write_embedding(Path(path), self.placeholder, self.vectors, self.metadata)
+        write_embedding(as_path(path), self.placeholder, self.vectors, self.metadata)
 
 
 def require_new_word(tokenizer: Any, placeholder: str) -> None:

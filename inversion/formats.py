@@ -31,6 +31,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from inversion.errors import InversionError
+from models.files import is_safetensors
+from models.kinds import UNKNOWN, WORD, kind_of
 from models.replacing import replacing
 
 NAMELESS = ("emb_params", "clip_l")     # keys that are no word
@@ -55,7 +57,9 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if head.startswith(PNG):
         content, metadata = _read_png(path), {}
     else:
-        content, metadata = _read_safetensors(path) if _is_safetensors(path, head) else _read_pickle(path)
+        content, metadata = _read_safetensors(path) if is_safetensors(path) else _read_pickle(path)
+    if isinstance(content, Mapping) and (kind := kind_of(map(str, content))) not in (UNKNOWN, WORD):
+        raise InversionError(f"{path} is {kind}: a learned word is a file of vectors alone")
     named, said = _named(content, path)
     words = {word: _vectors(value, word, path) for word, value in named.items()}
     widths = sorted({vectors.shape[1] for vectors in words.values()})
@@ -106,10 +110,6 @@ def require_name(path: Path) -> None:
             f"{path} is named as a pickle, and learned words are written as safetensors: call it "
             f"{path.with_suffix('.safetensors').name}"
         )
-
-
-def _is_safetensors(path: Path, head: bytes) -> bool:
-    return path.suffix == ".safetensors" or head[8:9] == b"{"  # after the header's length comes its JSON
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

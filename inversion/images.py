@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from inversion.errors import InversionError
+from models.files import as_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+HEIC, HEIC_BRANDS = {".heic", ".heif"}, {b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc"}
+EXPORTED = "Pillow does not read those: export them as JPEG"
 NOBODY_S = {".DS_Store", "Thumbs.db", "desktop.ini"}    # what systems leave in a folder that was looked at
 SMALLEST_SIDE = 16  # below this there is nothing to learn from: an icon in a favicon has 16
 SHOWN = 8  # names in a message
@@ -42,7 +45,7 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     stem) are no foreign files, and what the system itself puts there is not named. Raises InversionError for a folder
     that is missing, a file, empty, or has no image.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.is_file():
         raise InversionError(f"{folder} is a file: name the folder that holds the images")
     if not folder.is_dir():
@@ -56,13 +59,15 @@ def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     captions = {image.with_suffix(".txt") for image in images}
     foreign = [str(file.relative_to(folder)) for file in files if file not in captions and file not in images]
     foreign = [name for name in foreign if Path(name).name not in NOBODY_S]
+    readable = f"readable are {', '.join(sorted(SUFFIXES))}"
+    if any(Path(name).suffix.lower() in HEIC for name in foreign):
+        readable += f"; HEIC photographs are not, and {EXPORTED}"
+    if any(file.is_dir() for file in shown):
+        readable += "; folders in it are not searched: name one of them, or move its images up"
     if not images:
-        raise InversionError(
-            f"the folder {folder} holds no readable image, only {_listed(foreign)}: "
-            f"readable are {', '.join(sorted(SUFFIXES))}"
-        )
+        raise InversionError(f"the folder {folder} holds no readable image, only {_listed(foreign)}: {readable}")
     if foreign:
-        said = f"skipped in {folder}, no readable image: {_listed(foreign)}; readable are {', '.join(sorted(SUFFIXES))}"
+        said = f"skipped in {folder}, no readable image: {_listed(foreign)}; {readable}"
         warnings.warn(said, UserWarning, stacklevel=2)
     return images
 
@@ -81,7 +86,7 @@ def read_images(files: Sequence[str | Path], size: int) -> Tensor:
     if size < 1:
         raise InversionError(f"images of {size} pixels a side cannot be made: size is at least 1")
     pixels, small = [], []
-    for file in map(Path, files):
+    for file in map(as_path, files):
         image = decode(file)
         side = min(image.size)
         if side < SMALLEST_SIDE:
@@ -98,15 +103,20 @@ def read_images(files: Sequence[str | Path], size: int) -> Tensor:
 
 
 def decode(file: Path) -> "Image":
-    """One file, turned upright, as RGB over white. Raises InversionError for one that is missing or damaged."""
+    """One file, turned upright, as RGB over white. Raises InversionError for one that is missing or damaged, and
+    OSError for one that the system does not let read.
+    """
     from PIL import Image, ImageOps
 
     if not file.is_file():
         raise InversionError(f"there is no image at {file}")
     try:
-        with Image.open(file) as image:
+        large = {"action": "ignore", "category": Image.DecompressionBombWarning}    # and opened all the same
+        with warnings.catch_warnings(**large), Image.open(file) as image:
             image = ImageOps.exif_transpose(image)  # a copy, which decodes the file
     except Image.UnidentifiedImageError as error:
+        if _is_heic(file):
+            raise InversionError(f"{file} is a HEIC photograph, whatever its name, and {EXPORTED}") from error
         raise InversionError(
             f"{file} is damaged or cut short, or no image at all: copy it again, or name another"
         ) from error
@@ -114,6 +124,8 @@ def decode(file: Path) -> "Image":
         most = 2 * Image.MAX_IMAGE_PIXELS
         raise InversionError(f"{file} has more than {most} pixels, and is not opened: make it smaller") from error
     except Exception as error:  # decoders of some twenty formats fail in their own ways
+        if isinstance(error, OSError) and error.errno is not None:      # the system's: it cannot be read
+            raise
         raise InversionError(f"{file} is damaged or cut short ({error}): remove it, or copy it again") from error
     if image.mode == "F":
         raise InversionError(f"{file} holds floating-point pixels, of unknown white: save it with 8 or 16 bits")
@@ -131,6 +143,12 @@ def decode(file: Path) -> "Image":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _is_heic(file: Path) -> bool:
+    with open(file, "rb") as content:
+        start = content.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS
 
 
 def _square(image: "Image", size: int) -> "Image":

@@ -19,6 +19,7 @@ import torch
 
 from inversion.concept import Concept, require_new_word
 from inversion.errors import InversionError
+from models.files import as_path
 from models.tokenizer import placeholder_pattern
 
 SLOT = "{}"
@@ -84,10 +85,11 @@ def read_templates(choice: str) -> list[str]:
     """
     if choice in TEMPLATES:
         return list(TEMPLATES[choice])
-    if not Path(choice).is_file():
+    file = as_path(choice)
+    if not file.is_file():
         sets = ", ".join(TEMPLATES)
         raise InversionError(f"no templates are called {choice!r} and no such file exists: use {sets} or a text file")
-    lines = [line.strip() for line in _read_text(Path(choice)).splitlines()]
+    lines = [line.strip() for line in _read_text(file).splitlines()]
     templates = [line for line in lines if line]
     if not templates:
         raise InversionError(f"{choice} holds no template: write one a line, with {SLOT} where the word goes")
@@ -108,7 +110,7 @@ def templates_for(files: Sequence[str | Path], templates: Sequence[str], placeho
     if isinstance(templates, str):
         raise InversionError(f"templates are a list of lines: put {templates!r} in brackets")
     found = []
-    for file in map(Path, files):
+    for file in map(as_path, files):
         beside = file.with_suffix(".txt")
         if not beside.is_file():
             found.append(list(templates))

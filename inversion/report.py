@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from models.files import as_path
 from models.replacing import replacing
 
 if TYPE_CHECKING:
@@ -95,5 +96,5 @@ def _write(figure: "Figure", file: str | Path) -> None:
 
     for text in figure.findobj(lambda each: isinstance(each, Text) and "$" in each.get_text()):
         text.set_parse_math(False)          # somebody's words, and no formula between two $
-    with replacing(Path(file)) as beside:
+    with replacing(as_path(file)) as beside:
         figure.savefig(beside, format="png", dpi=150)

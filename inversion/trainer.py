@@ -15,6 +15,7 @@ from inversion.exhaustion import advice, is_out_of_memory
 from inversion.formats import require_place
 from inversion.interruption import unbroken
 from inversion.training import DEFAULTS, StepReport, Training
+from models.files import as_path
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def train(
     """
     if resume and file is None:
         raise InversionError("there is nothing to resume: say which file the interrupted training writes")
-    file = None if file is None else Path(file)
+    file = None if file is None else as_path(file)
     if file is not None:
         require_place(file)
     there = _changed(file)
@@ -107,7 +108,7 @@ def _write(training: Training, file: Path | None, ended: bool) -> None:
 
 def state_file(file: str | Path) -> Path:
     """Where the state of the training of a concept's file is kept: beside it, .training.pt for its format's ending."""
-    file = Path(file)
+    file = as_path(file)
     return file.with_name((file.stem if file.suffix == ".safetensors" else file.name) + ".training.pt")
 
 

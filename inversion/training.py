@@ -35,6 +35,7 @@ from inversion.prompts import check_prompts
 from inversion.scaling import first_scale
 from inversion.state import State
 from inversion.validation import Validation
+from models.files import as_path
 
 MOVED_BY = 10  # updates after which every vector must have moved
 NON_FINITE = 10  # steps of non-finite loss in a row that end a training
@@ -131,11 +132,11 @@ class Training:
 
     def save(self, path: str | Path) -> None:
         """Write the state, atomically."""
-        self.state.save(Path(path), self._run())
+        self.state.save(as_path(path), self._run())
 
     def resume(self, path: str | Path) -> None:
         """Continue from a file of `save`. Raises InversionError for another run's, and for a damaged one."""
-        self.state = State.load(Path(path), self._run(), self.concept.vectors.shape)
+        self.state = State.load(as_path(path), self._run(), self.concept.vectors.shape)
 
     @torch.inference_mode(False)
     def _advance(self) -> StepReport:

@@ -14,6 +14,7 @@ from models.classifier import Classifier, ClassifierConfig
 from models.devices import choose_device
 from models.errors import ModelError
 from models.fetching import cache, fetch, to_be_removed
+from models.files import as_path
 from models.presets import ADM, ADM_CLASSIFIERS, ADM_UPSAMPLERS
 from models.weights import choose_dtype
 
@@ -57,7 +58,7 @@ def load_classifier(
     device = choose_device(device)
     choose_dtype(dtype, torch.float32, device)          # refused before anything is fetched
     if source not in CLASSIFIERS:
-        if not (path := EMBEDDED.get(source, Path(source))).is_file():
+        if not (path := EMBEDDED.get(source, as_path(source))).is_file():
             known = ", ".join((*EMBEDDED, *CLASSIFIERS))
             raise ModelError(f"there is no file {source}; the classifiers known by name are: {known}")
         return read_classifier(path, dtype, device, config)

@@ -21,7 +21,7 @@ def described(path: Path, key: str, read: Callable[[dict[str, Any]], Described])
     read: best makes the network, too, so that numbers that make none are met here. Raises ModelError for a description
     that it can make nothing of.
     """
-    said = metadata(path).get(key) if path.suffix == ".safetensors" else None
+    said = metadata(path).get(key)
     if said is None:
         return None
     try:

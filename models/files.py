@@ -6,6 +6,7 @@ as it is while a model that was loaded from it is in use; replacing it by renami
 """
 
 import json
+import os
 import re
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,13 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.pickles import read_pickle
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+
+
+def as_path(path: str | Path) -> Path:
+    """A path in which ~ is the user's home: no shell puts that there in --output=~/x, and no notebook at all."""
+    return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,13 @@ class Weights:
 def open_tensors(path: str | Path, only: Container[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a pickle (.ckpt, .pt, .bin), by name, mapped into memory.
 
-    only: names, if not all are wanted.
+    only: names, if not all are wanted. Which of the two a file is, it tells itself: they are known by wrong names, too.
     A `state_dict` around the tensors is taken off; what is not a tensor is left out. Raises ModelError for a
     file that is missing, truncated, a git-lfs pointer, or something else.
     """
     path = Path(path)
     refuse_unreadable(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return _open_safetensors(path, only)
     content = read_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -64,27 +72,39 @@ def open_tensors(path: str | Path, only: Container[str] | None = None) -> dict[s
 
 def tensor_names(path: Path) -> set[str]:
     """The names that `open_tensors` gives, and what it raises."""
-    if path.suffix != ".safetensors":
-        return set(open_tensors(path))
     refuse_unreadable(path)
+    if not is_safetensors(path):
+        return set(open_tensors(path))
     with _safetensors(path) as file:
         return set(file.keys())
 
 
 def refuse_unreadable(path: Path) -> None:
-    """Raise ModelError for a file that is missing or empty, or a git-lfs pointer left in its place."""
+    """Raise ModelError for a file that is missing or empty, or a git-lfs pointer or a web page left in its place."""
     if not path.is_file():
         raise ModelError(f"there is no file {path}")
     with open(path, "rb") as file:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from")
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise ModelError(f"{path} is a web page: download the file itself, logged in if its site wants that")
     if not start:
         raise ModelError(f"{path} is empty")
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is a .safetensors one, by what it holds: JSON after the length of a header; else by its name."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    pickled = start[:2] == b"PK" or start[:1] == b"\x80"
+    return start[8:] == b"{" or path.suffix == ".safetensors" and not pickled
+
+
 def metadata(path: Path) -> dict[str, str]:
-    """The text that a .safetensors file carries beside its tensors."""
+    """The text that a .safetensors file carries beside its tensors; no other file has any."""
+    if not is_safetensors(path):
+        return {}
     with _safetensors(path) as file:
         return file.metadata() or {}
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from models import configs, presets
 from models.errors import OF_WRONG_KINDS, ModelError
-from models.files import find_weights, read_json
+from models.files import SUFFIXES, find_weights, read_json
 from models.latent import LatentModel
 from models.renaming import LAYOUTS
 from models.replacing import own_name
@@ -90,8 +90,10 @@ def outline_folder(folder: Path, prediction: str | None) -> LatentModel:
 def write_folder(model: LatentModel, path: Path, dtype: torch.dtype | None) -> None:
     """Write a model beside `path`, or beside what it links to, and rename it into place.
 
-    Raises ModelError if that is another's place, or holds the folder that this process runs in.
+    Raises ModelError if that is another's place, holds the folder that this process runs in, or is called as files are.
     """
+    if path.suffix in SUFFIXES:
+        raise ModelError(f"{path} is called as files are, and this layout is a folder: give layout='single'")
     path = Path(os.path.realpath(path))
     if path.exists() and not _is_ours(path):
         raise ModelError(f"{path} exists and is not a model folder: choose another path, or remove it")

@@ -14,7 +14,7 @@ import torch
 from models.devices import choose_device
 from models.errors import ModelError
 from models.fetching import cache, fetch_all, to_be_removed
-from models.files import Weights
+from models.files import Weights, as_path
 from models.glide import GlideModel
 from models.glide_file import read_glide
 from models.noisy_clip import NoisyClip, NoisyClipConfig
@@ -49,7 +49,7 @@ def load_noisy_clip(
     """
     device = choose_device(device)
     choose_dtype(dtype, torch.float32, device)          # refused before anything is fetched
-    paths = fetched(CLIP) if source == "glide" else [Path(source) / f"{part}.pt" for part in CLIP]
+    paths = fetched(CLIP) if source == "glide" else [as_path(source) / f"{part}.pt" for part in CLIP]
     clip = on_meta(lambda: NoisyClip(NoisyClipConfig()))
     for path, encoder in zip(paths, (clip.text_encoder, clip.image_encoder)):
         if not path.is_file():

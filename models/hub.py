@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from models.errors import ModelError
-from models.files import find_weights
+from models.files import find_weights, read_json
 from models.folder import STEMS
 
 
@@ -47,6 +47,18 @@ def cached(repository: str) -> Path | None:
     except errors.HFValidationError:            # no id that a repository could have
         return None
     return Path(files[0]).parents[1] if all(isinstance(file, str) for file in files) else None
+
+
+def broke_off(folder: Path) -> bool:
+    """Whether settings or weights are missing of a network that the repository has: its download was interrupted."""
+    index = folder / "model_index.json"
+    named = read_json(index) if index.is_file() else STEMS
+
+    def is_there(part: str) -> bool:
+        weights = [file for suffix in ("safetensors", "bin") for file in (folder / part).glob(f"*.{suffix}")]
+        return (folder / part / "config.json").is_file() and any(file.is_file() for file in weights)
+
+    return not all(is_there(part) for part in STEMS if part in named)
 
 
 def _fetch(repository: str, variant: str | None, suffix: str) -> Path:

@@ -7,7 +7,8 @@ STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
 GLIDE = "one of GLIDE's networks"
 GUIDED_DIFFUSION = "a UNet of guided-diffusion"
 CLASSIFIER = "a classifier of guided-diffusion"
-UNKNOWN = "none of the kinds of file known here"
+UNKNOWN = "a file of no kind that is known here"
+WORD = "a learned word, which is used beside a model"
 # What else people have: names in it, matched from their start, and what it is. The first that fits is it.
 TRANSFORMER = r"(model\.diffusion_model\.)?(double|joint)_blocks\.", "a transformer of Stable Diffusion 3 or Flux"
 OTHERS = (
@@ -16,7 +17,7 @@ OTHERS = (
     (r"(first_stage_model\.)?(en|de)coder\.(conv_in|mid)", "a VAE alone"),
     (r"(cond_stage_model\..*)?text_model\.", "a text encoder alone"),
     (r"middle_block\.1\.transformer_blocks\.|(down_blocks|mid_block)\.", "a UNet alone, or what changes one"),
-    (r"(emb_params|clip_[lg]|<.+>)$", "a learned word, which is used beside a model"),
+    (r"(emb_params|clip_[lg]|<.+>)$", WORD),
 )
 
 STEM = "input_blocks.0.0.weight"

@@ -19,7 +19,7 @@ from models.streaming import Window
 from models.text import ClipText, TextFeatures, require_vectors
 from models.tokenizer import ClipTokenizer, Tokens
 from models.unet import UNet
-from models.unet_model import Sampling, UNetModel, at_least_float32
+from models.unet_model import Sampling, UNetModel, at_least_float32, require_floats
 from models.vae import VAE
 from models.weights import on_meta
 
@@ -114,10 +114,11 @@ class LatentModel(UNetModel):
         """Images (B, 3, H, W) in [-1, 1], sides multiples of `vae.factor` -> (B, 2C, h, w): mean, log-variance.
 
         No gradient goes through here, nor through `decode`: through `vae.encode` and `vae.decode` it does. Raises
-        ModelError for sides that the VAE cannot halve, of which it would leave the last pixels out, and once the VAE
-        was released.
+        ModelError for whole numbers, for sides that the VAE cannot halve, of which it would leave the last pixels out,
+        and once the VAE was released.
         """
         self._require_vae()
+        require_floats(images)
         self.require_size(*images.shape[2:], self.vae.factor)
         with present(self, self.vae):
             return at_least_float32(self.vae.encode(images.to(self.vae.quant_conv.weight)))

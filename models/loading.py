@@ -19,20 +19,20 @@ from models.class_hub import FILES, load_published
 from models.class_model import ClassModel
 from models.devices import choose_device
 from models.errors import ModelError
-from models.files import open_tensors
+from models.files import SUFFIXES, as_path, open_tensors
 from models.folder import read_folder, write_folder
 from models.glide import GlideModel
 from models.glide_file import cascade_files, read_cascade, read_glide, write_glide
 from models.glide_hub import CASCADES, load_cascade
 from models.glide_text import GlideText
 from models.heap import expect_large_blocks
-from models.hub import download, is_id
+from models.hub import broke_off, download, is_id
 from models.kinds import CLASSIFIER, GLIDE, GUIDED_DIFFUSION, kind_of
 from models.latent import LatentModel
 from models.lending import my_turn
 from models.offload import Offload
 from models.setting import Setting, place
-from models.single_file import SUFFIXES, read_single_file, write_single_file
+from models.single_file import read_single_file, write_single_file
 from models.text import ClipText
 from models.unet import UNet
 from models.vae import VAE
@@ -104,7 +104,7 @@ def _read(
         if source in CASCADES:
             return load_cascade(source, dtype, device, upsampler)
         return load_published(source, dtype, device)
-    path = Path(source)
+    path = as_path(source)
     if path.is_dir():
         if cascade_files(path):
             _take(source, options)
@@ -114,9 +114,19 @@ def _read(
         return _load_file(path, dtype, device, options)
     if is_id(str(source)):
         prediction, variant = _take(source, options, "prediction", "variant")
-        return read_folder(download(str(source), variant), dtype, device, prediction, variant)
+        folder = download(str(source), variant)
+        try:
+            return read_folder(folder, dtype, device, prediction, variant)
+        except ModelError as error:
+            if not broke_off(folder):
+                raise
+            said = f"the download of {source} is not whole: connect to the network and load it again"
+            raise ModelError(f"{error}; {said}") from error
     known = ", ".join((*EMBEDDED, *CASCADES, *FILES))
-    raise ModelError(f"there is no file or folder {source}; the models known by name are: {known}")
+    raise ModelError(
+        f"there is no file or folder {source}; the models known by name are: {known}, and an id of the hub is "
+        "owner/name, as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
 
 
 def _load_file(path: Path, dtype: torch.dtype | str | None, device: torch.device, options: dict[str, Any]) -> Model:
@@ -164,7 +174,7 @@ def save(
     else:
         write = write_glide if isinstance(model, GlideModel) else write_class_model
     with my_turn:
-        write(model, Path(path), dtype)
+        write(model, as_path(path), dtype)
 
 
 def _require_own_weights(model: Model) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.class_hub import FILES
 from models.errors import ModelError
-from models.files import open_tensors
+from models.files import SUFFIXES, as_path, open_tensors
 from models.folder import outline_folder
 from models.glide import GlideModel
 from models.glide_file import cascade_files, of_preset, outline_glide
@@ -19,7 +19,7 @@ from models.kinds import GLIDE as GLIDE_KIND
 from models.latent import LatentModel
 from models.loading import EMBEDDED
 from models.presets import GLIDE, PRESETS, outline_preset
-from models.single_file import SUFFIXES, outline_file
+from models.single_file import outline_file
 
 # Names of published models on the hub -> their preset. SD 2.x left its first organisation in November 2025.
 PUBLISHED = {
@@ -52,7 +52,7 @@ def outline(source: str | Path, prediction: str | None = None) -> LatentModel | 
         return of_preset(preset, GlideTokenizer.gpt2(preset.text.length), source)
     if source in PRESETS:
         return outline_preset(PRESETS[source])
-    path = Path(source)
+    path = as_path(source)
     if path.is_dir():
         files = cascade_files(path)
         return outline_glide(files[0]) if files else outline_folder(path, prediction)

@@ -75,7 +75,12 @@ def read_pickle(path: str | Path) -> Any:
         start = file.read(2)
     is_zip = start == b"PK"
     if not is_zip and start[:1] != b"\x80":
-        raise ModelError(f"{path} is not a PyTorch file: it begins with {start!r}, neither a zip nor a pickle")
+        raise ModelError(
+            f"{path} is not a PyTorch file: it begins with {start!r}, neither a zip nor a pickle; take the model as "
+            ".safetensors, .ckpt, .pt or .bin"
+        )
+    if path.suffix == ".safetensors":                               # which torch.load takes at its name
+        raise ModelError(f"{path} is a PyTorch file and no .safetensors one: rename it to {path.stem}.ckpt")
     try:
         if is_zip:
             _refuse_program(path)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.text import TextFeatures
-from models.unet_model import UNetModel, at_least_float32
+from models.unet_model import UNetModel, at_least_float32, require_floats
 
 
 def beside(size: tuple[int, int], low_res: Tensor | None, image: Tensor | None, mask: Tensor | None) -> list[Tensor]:
@@ -90,7 +90,8 @@ class PixelModel(UNetModel):
         }  # fmt: skip
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], which are their own x_0."""
+        """Images (B, 3, H, W) in [-1, 1], which are their own x_0. Raises ModelError for whole numbers."""
+        require_floats(images)
         return at_least_float32(images)
 
     def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 Such a file has no configuration; it is read off the shapes (`models.shapes`), so what a shape cannot say
 cannot be written. Whether an SD 2.x file predicts v has a public place in the metadata of .safetensors files,
 the model specification's `modelspec.prediction_type`, `predict_key` in ComfyUI's; where it is missing, an empty
-tensor `v_pred` says it, and where that is, too, the caller. `ztsnr` is another such mark, of a zero terminal SNR.
+tensor `v_pred` says it, and where that is, too, the caller. `ztsnr` is another such mark, of a zero terminal SNR. The
+side of the images that a model was trained on stands in `modelspec.resolution`; where it does not, it is the family's.
 """
 
+import re
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +29,9 @@ from models.vae import VAE
 from models.vocabulary import clip_vocabulary
 from models.weights import Part, fill, gather, on_meta, write_safetensors
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 MODELSPEC = {"v": "v_prediction", "epsilon": "epsilon", "v_prediction": "v_prediction"}
 SPEC_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+SIDE_KEY = "modelspec.resolution"           # 512x512
 SD2_WIDTH = presets.SD2_TEXT.width
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 
@@ -68,10 +70,10 @@ def outline_file(path: Path, prediction: str | None) -> LatentModel:
         unet=on_meta(lambda: UNet(unet)),
         vae=on_meta(lambda: VAE(vae)),
         text=on_meta(lambda: ClipText(text)),
-        tokenizer=ClipTokenizer.clip(text.length, presets.SD2_V.pad if family == "sd2" else None),
+        tokenizer=_tokenizer(family, text.length),
         schedule=_schedule(found),
         prediction=says,
-        resolution=768 if family == "sd2" and says == "v_prediction" else 512,
+        resolution=_side(path) or (768 if family == "sd2" and says == "v_prediction" else 512),
         source=str(path),
         names={"single": shapes.tower(found)},
     )
@@ -94,7 +96,7 @@ def write_single_file(model: LatentModel, path: Path, dtype: torch.dtype | None)
         tensors.pop(V_MARK, None)           # the caller of `load` knew better
     _refuse_what_is_lost(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     spec = next(word for word, prediction in MODELSPEC.items() if prediction == model.prediction)
-    write_safetensors(path, tensors, {SPEC_KEYS[0]: spec})
+    write_safetensors(path, tensors, {SPEC_KEYS[0]: spec, SIDE_KEY: f"{model.resolution}x{model.resolution}"})
 
 
 def _parts(model: LatentModel) -> list[Part]:
@@ -110,13 +112,23 @@ def _parts(model: LatentModel) -> list[Part]:
 
 def _stated(path: Path, names: Container[str]) -> str | None:
     """The prediction that a file names, if it does. Raises ModelError if that is neither epsilon nor v."""
-    spec = metadata(path) if path.suffix == ".safetensors" else {}
+    spec = metadata(path)
     said = next((spec[key] for key in SPEC_KEYS if spec.get(key)), None)
     if said is None:
         return "v_prediction" if V_MARK in names else None
     if said not in MODELSPEC:
         raise ModelError(f"{path} says that it predicts {said!r}; known are {', '.join(MODELSPEC)}: give prediction=")
     return MODELSPEC[said]
+
+
+def _side(path: Path) -> int | None:
+    """The side of a file's square images, if it names one."""
+    square = re.fullmatch(r"([1-9]\d{1,4})x\1", metadata(path).get(SIDE_KEY, ""))
+    return int(square[1]) if square and int(square[1]) % 8 == 0 else None
+
+
+def _tokenizer(family: str, length: int) -> ClipTokenizer:
+    return ClipTokenizer.clip(length, presets.SD2_V.pad if family == "sd2" else None)
 
 
 def _schedule(names: Container[str]) -> dict[str, Any]:
@@ -133,6 +145,7 @@ def _refuse_what_is_lost(model: LatentModel, found: dict[str, tuple[int, ...]]) 
         "the VAE": shapes.vae_config(found, where) != model.vae.config,
         "the text transformer": shapes.text_config(found, where) != model.text.config,
         "the vocabulary": model.tokenizer.vocabulary != clip_vocabulary(),
+        "the padding": model.tokenizer.pad != _tokenizer(model.family, model.tokenizer.length).pad,
         "the noise schedule": presets.SD_SCHEDULE | model.schedule != _schedule(found),
     }
     if lost := [what for what, unlike in differs.items() if unlike]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models import vocabulary
 from models.errors import ModelError
+from models.files import as_path
 from models.vocabulary import BEGIN, END, WORD_END, Vocabulary
 
 NEVER_SET = 1_000_000  # transformers writes 1e30 where a length was never set
@@ -80,7 +81,7 @@ class ClipTokenizer:
         length: over what the folder says; 77 where neither does. Padded with the end token unless the folder
         names another. Raises ModelError for a folder that holds no CLIP vocabulary.
         """
-        vocab, settings = vocabulary.read(Path(folder))
+        vocab, settings = vocabulary.read(as_path(folder))
         token = settings.get("pad_token") or END
         pad = token.get("content") if isinstance(token, dict) else token
         if not isinstance(pad, str) or pad not in vocab.tokens:
@@ -93,7 +94,7 @@ class ClipTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write a folder that `from_folder` and transformers' CLIPTokenizer read with the same ids."""
         pad = next(token for token, i in self.vocabulary.tokens.items() if i == self.pad)
-        vocabulary.write(Path(folder), self.vocabulary, self.length, pad)
+        vocabulary.write(as_path(folder), self.vocabulary, self.length, pad)
 
     @property
     def room(self) -> int:

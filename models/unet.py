@@ -202,10 +202,13 @@ class UNet(Descent):
         is read is then computed once.
         checkpointing, attention, window: how, see `Condition`; answers and gradients are the same.
         Returns the raw prediction (B, out_channels, h, w) in x's dtype. Raises ModelError for a choice that is none,
-        and where B is no multiple of b.
+        for other sides, and where B is no multiple of b.
         """
         require_choice("checkpointing", checkpointing, Checkpointing)
         require_choice("attention", attention, AttentionKind)
+        if any(side % self.config.factor for side in x.shape[2:]):
+            sides, factor = tuple(x.shape[2:]), self.config.factor
+            raise ModelError(f"a map of {sides} cannot be halved by this UNet: both sides are multiples of {factor}")
         if pooled is not None:                                                                 # every layer is told
             x, t = for_each(x, pooled), for_each(t, pooled)
         emb = self.embedded(t, x.dtype)                                                        # (B, E)

@@ -112,6 +112,12 @@ class UNetModel:
             raise ModelError(f"{self.source} predicts {self.prediction!r}; known are {', '.join(PREDICTIONS)}")
 
 
+def require_floats(images: Tensor) -> None:
+    """Raise ModelError for images of whole numbers, whose 0 … 255 would be taken for -1 … 1."""
+    if not images.is_floating_point():
+        raise ModelError(f"images are floats in [-1, 1], not {images.dtype}: of bytes, images / 127.5 - 1")
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """float32, or what is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

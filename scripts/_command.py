@@ -1,5 +1,6 @@
 """What every script does around its `main`: read the command line, and turn a refusal into one sentence."""
 
+import dataclasses
 import inspect
 import io
 import signal
@@ -7,6 +8,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 REFUSED = 2
@@ -37,7 +39,7 @@ def run(main: Callable[[Any], None]) -> None:
     config, description = _config(main)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(tyro.cli(config, description=description))
+        main(_at_home(tyro.cli(config, description=description)))
     except (DiffusionError, GuidanceError, InversionError, ModelError) as error:
         _stop(str(error), REFUSED)
     except KeyboardInterrupt:
@@ -63,6 +65,14 @@ def _config(main: Callable[[Any], None]) -> tuple[type, str]:
     if config.__doc__.startswith(f"{config.__name__}("):
         texts.pop()  # what dataclasses write where there is no docstring
     return config, "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+
+
+def _at_home(config: Any) -> Any:
+    """The flags, with paths that begin with ~ in the user's home."""
+    from models.files import as_path
+
+    paths = {name: as_path(value) for name, value in vars(config).items() if isinstance(value, Path)}
+    return dataclasses.replace(config, **paths)
 
 
 def named() -> set[str]:

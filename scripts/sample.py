@@ -57,7 +57,7 @@ class Config:
     strength: float | None = None
     """With --image, how much of the way to noise and back is gone: above 0, at most 1; None is 0.8."""
     dtype: str | None = None
-    """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
+    """float32, bfloat16, float16, or auto for the fastest here; None is the file's own, but no float16 on a CPU."""
     device: str | None = None
     """None is the GPU if there is one."""
     variant: str | None = None

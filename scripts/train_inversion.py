@@ -74,7 +74,7 @@ class Config:
     flip: bool = False
     """Learn from each image's mirror image too."""
     dtype: str | None = None
-    """float32, bfloat16, float16, or auto for the fastest here; None is the file's own."""
+    """float32, bfloat16, float16, or auto for the fastest here; None is the file's own, but no float16 on a CPU."""
     device: str | None = None
     """None is the GPU if there is one."""
     variant: str | None = None

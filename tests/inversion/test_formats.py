@@ -184,13 +184,25 @@ def test_tensors_that_are_no_vectors_are_refused(value: torch.Tensor, said: str,
     [
         {"text_encoders_0": torch.ones(2, 768), "text_encoders_1": torch.ones(2, 1280)},           # SDXL, by diffusers
         {"clip_l": torch.ones(2, 768), "t5": torch.ones(2, 4096)},
-        {"unet.to_q.lora_A.weight": torch.ones(4, 320), "unet.to_q.lora_B.weight": torch.ones(320, 4)},
     ],
 )
 def test_tensors_of_several_widths_are_not_words_of_one_model(tensors: dict, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(InversionError, match=r"2 tensors of widths \d+, \d+.*several text encoders.*or holds a LoRA"):
         Concept.load(tmp_path / "x.safetensors", placeholder=next(iter(tensors)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("unet.to_q.lora_A.weight", "a LoRA"), ("lora_te_text_model_encoder.alpha", "a LoRA"),
+        ("model.diffusion_model.out.2.weight", "a Stable Diffusion checkpoint"),
+    ],
+)  # fmt: skip
+def test_other_weights_are_called_by_their_kind(tmp_path: Path, name: str, said: str) -> None:
+    save_file({name: torch.ones(4, 768)}, tmp_path / "x.safetensors")
+    with pytest.raises(InversionError, match=f"x.safetensors is {said}.*: a learned word is a file of vectors alone"):
+        Concept.load(tmp_path / "x.safetensors")
 
 
 def test_the_name_of_a_text_encoder_is_no_word(tmp_path: Path) -> None:

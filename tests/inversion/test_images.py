@@ -1,3 +1,5 @@
+import errno
+import os
 import struct
 import warnings
 import zlib
@@ -194,8 +196,44 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 def test_photographs_in_a_format_that_is_not_read_are_not_called_no_images(tmp_path: Path) -> None:
     halves((32, 32)).save(tmp_path / "a.png")
     (tmp_path / "b.heic").write_bytes(b"a telephone's photograph")
-    with pytest.warns(UserWarning, match=r"no readable image: b\.heic; readable are \.avif"):
+    with pytest.warns(UserWarning, match=r"no readable image: b\.heic; readable .*; HEIC .* export them as JPEG"):
         read_folder(tmp_path, 32)
+    (tmp_path / "c.jpg").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic")         # as some messengers send it
+    with pytest.raises(InversionError, match=r"c\.jpg is a HEIC photograph, whatever its name, .* export them as JPEG"):
+        read_images([tmp_path / "c.jpg"], 32)
+
+
+def test_images_in_subfolders_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    halves((32, 32)).save(tmp_path / "inner" / "a.png")
+    with pytest.raises(InversionError, match=r"only inner: .*; folders in it are not searched: name one of them, or"):
+        find_images(tmp_path)
+
+
+def test_what_the_system_does_not_let_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves((32, 32)).save(tmp_path / "a.png")
+
+    def refused(file: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    monkeypatch.setattr(Image, "open", refused)                 # for root all can be read
+    with pytest.raises(PermissionError, match="Permission denied"):
+        read_images([tmp_path / "a.png"], 32)
+
+
+def test_a_large_photograph_is_read_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves((64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    read_images([tmp_path / "a.png"], 32)                       # any warning is an error here
+
+
+def test_home_may_be_written_as_usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    halves((32, 32)).save(tmp_path / "a.png")
+    assert find_images("~") == [tmp_path / "a.png"]
+    assert torch.equal(read_images(["~/a.png"], 32), read_folder(tmp_path, 32))
 
 
 @pytest.mark.parametrize("keep", [0, 20, 0.5, 0.9])

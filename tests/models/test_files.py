@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import ModelError
-from models.files import find_weights, open_tensors, tensor_names
+from models.files import as_path, find_weights, metadata, open_tensors, tensor_names
 from models.pickles import Inert, read_pickle
 
 Read = Callable[[Path], Any]
@@ -209,10 +209,42 @@ class TestUnreadable:
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
     def test_something_else(self, read: Read, tmp_path: Path, name: str) -> None:
-        (tmp_path / name).write_text("<html>404 Not Found, the page that you asked for does not exist</html>")
-        said = "truncated or damaged" if name == "a.safetensors" else "not a PyTorch file: it begins with b'<h'"
+        (tmp_path / name).write_text("GGUF, or whatever else there is that is long enough to hold a header")
+        begins = r"not a PyTorch file: it begins with b.GG.*\.ckpt"
+        said = "truncated or damaged" if name == "a.safetensors" else begins
         with pytest.raises(ModelError, match=said):
             read(tmp_path / name)
+
+
+    @pytest.mark.parametrize("page", ["<html>404", "\n<!DOCTYPE html>\n<html>log in"])
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+    def test_a_web_page(self, read: Read, tmp_path: Path, name: str, page: str) -> None:
+        (tmp_path / name).write_text(page)
+        with pytest.raises(ModelError, match=f"{name} is a web page: download the file itself"):
+            read(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors.crdownload", "a"])
+    @pytest.mark.parametrize("zipped", [None, True, False])
+    def test_a_wrong_ending_is_none_the_worse(self, read: Read, tmp_path: Path, name: str, zipped: bool | None) -> None:
+        state = {"a": torch.ones(3)}
+        if zipped is None:
+            save_file(state, tmp_path / name, {"said": "so"})
+        else:
+            torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        assert set(read(tmp_path / name)) == {"a"}
+        assert metadata(tmp_path / name) == ({"said": "so"} if zipped is None else {})
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_pickle_that_is_called_safetensors(self, read: Read, tmp_path: Path, zipped: bool) -> None:
+        torch.save({"a": torch.ones(3)}, tmp_path / "a.safetensors", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ModelError, match=r"is a PyTorch file and no \.safetensors one: rename it to a\.ckpt"):
+            read(tmp_path / "a.safetensors")
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert as_path("~/x") == as_path(Path("~/x")) == tmp_path / "x"
+    assert as_path("x~/~") == Path("x~/~")
 
 
 class TestFinding:

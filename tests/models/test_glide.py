@@ -263,7 +263,7 @@ class TestFiles:
         assert torch.equal(models.load(tmp_path).unet.out[2].weight, tiny_glide().unet.out[2].weight)
 
     def test_a_file_of_another_kind_is_called_by_its_name(self, tmp_path: Path) -> None:
-        names = {"model.diffusion_model.out.2.weight": "a Stable Diffusion checkpoint", "x": "none of the kinds"}
+        names = {"model.diffusion_model.out.2.weight": "a Stable Diffusion checkpoint", "x": "a file of no kind"}
         names |= {"input_blocks.0.0.weight": "a classifier of guided-diffusion"}
         for name, said in names.items():
             torch.save({name: torch.ones(1)}, tmp_path / "base.pt")

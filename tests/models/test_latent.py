@@ -2,6 +2,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -246,3 +247,17 @@ class TestPresets:
             p.requires_grad for net in (model.unet, model.vae, model.text) for p in net.parameters()
         )
         assert not any(net.training for net in (model.unet, model.vae, model.text))
+
+
+def test_a_map_that_cannot_be_halved_is_refused_by_the_unet_itself() -> None:
+    model = tiny_model()
+    features = model.encode_text(model.tokenizer.encode(["a dog"]))
+    with pytest.raises(ModelError, match=r"a map of \(8, 9\) cannot be halved by this UNet: both .* multiples of 2"):
+        model.predict(torch.zeros(1, 4, 8, 9), torch.tensor([5]), features)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_glide])
+def test_bytes_are_no_images(make: Callable[[], Any]) -> None:
+    """0 … 255 were taken as they are."""
+    with pytest.raises(ModelError, match="images are floats in .*, not torch.uint8: of bytes, images / 127.5 - 1"):
+        make().moments(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8))

@@ -581,9 +581,29 @@ class TestNames:
             return str(copy)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-        with pytest.raises(ModelError, match="holds none of"):
+        with pytest.raises(ModelError, match="holds none of .*; the download of someone/tiny is not whole: connect"):
             models.load("someone/tiny", variant="fp16")
         assert "text_encoder/pytorch_model.fp16.bin" in asked[1]
+
+    def test_what_has_come_of_an_interrupted_download(self, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a network the hub's client gives what there is, and does not say that it is not all."""
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, allow_patterns: str(copy))
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+        with pytest.raises(ModelError, match="it does hold variant='fp16'$"):               # it is whole
+            models.load("someone/tiny")
+        (copy / "text_encoder_2").mkdir()
+        with pytest.raises(ModelError, match="has a text_encoder_2: it is not a Stable Diffusion 1.x or 2.x model$"):
+            models.load("someone/tiny")
+        (copy / "text_encoder_2").rmdir()
+        weights.with_suffix(".fp16.safetensors").unlink()
+        weights.symlink_to(copy / "a blob that never came")
+        not_whole = "the download of someone/tiny is not whole: connect to the network and load it again$"
+        with pytest.raises(ModelError, match=f"holds none of .*; {not_whole}"):
+            models.load("someone/tiny")
+        shutil.rmtree(copy / "unet")
+        with pytest.raises(ModelError, match=f"there is no .*unet/config.json.*; {not_whole}"):
+            models.load("someone/tiny")
 
     @pytest.mark.parametrize(
         ("error", "said"),

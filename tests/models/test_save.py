@@ -278,6 +278,22 @@ class TestSingleFiles:
         base = models.load(tmp_path / "silent.safetensors", prediction="epsilon")
         assert (base.prediction, base.resolution) == ("epsilon", 512)
 
+    def test_the_side_of_the_images_comes_back(self, model: LatentModel, file: Path, tmp_path: Path) -> None:
+        usual = 512 if model.family == "sd1" else 768
+        models.save(replace(models.load(file), resolution=640), tmp_path / "fine_tuned.safetensors", "single")
+        assert models.load(tmp_path / "fine_tuned.safetensors").resolution == 640
+        spec = {key: value for key, value in metadata(file).items() if key != "modelspec.resolution"}
+        for said in (None, "", "640", "640x512", "0x0", "x", "641x641", "-640x-640", "640x640x640"):
+            more = {} if said is None else {"modelspec.resolution": said}
+            save_file(load_file(file), tmp_path / "other.safetensors", spec | more)
+            assert models.load(tmp_path / "other.safetensors").resolution == usual, said
+
+    def test_another_padding_is_not_lost_in_silence(self, file: Path, tmp_path: Path) -> None:
+        model = models.load(file)
+        model.tokenizer = ClipTokenizer.clip(model.tokenizer.length, pad=5)
+        with pytest.raises(ModelError, match="a single file cannot hold the padding of"):
+            models.save(model, tmp_path / "again.safetensors", "single")
+
     @pytest.mark.parametrize(
         ("spec", "prediction"),
         [
@@ -362,7 +378,7 @@ class TestSingleFiles:
             ("middle_block.1.transformer_blocks.0.attn2.to_k.weight", "a UNet alone"),
             ("emb_params", "a learned word"), ("<frida>", "a learned word"),
             ("model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight", "Stable Diffusion 3"),
-            ("double_blocks.0.img_attn.qkv.weight", "Flux"), ("x", "none of the kinds"),
+            ("double_blocks.0.img_attn.qkv.weight", "Flux"), ("x", "a file of no kind"),
         ],
     )  # fmt: skip
     def test_other_files_are_called_by_what_they_are(self, tmp_path: Path, name: str, said: str) -> None:
@@ -484,6 +500,23 @@ def test_an_empty_folder_may_be_saved_into(tmp_path: Path) -> None:
     assert_equal(models.load(tmp_path / "model"), model)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_folder_is_not_called_as_files_are(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name} is called as files are, and .* a folder: give layout='single'"):
+        models.save(tiny_model(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_may_be_written_as_usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    models.save(tiny_model(), "~/model")
+    models.save(tiny_glide(), "~/base.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["base.safetensors", "model"]
+    assert torch.equal(models.load("~/model").unet.out[2].bias, tiny_model().unet.out[2].bias)
+    assert models.outline("~/base.safetensors").resolution == 16
+
+
 def test_saving_over_a_model_leaves_its_neighbours_alone(tmp_path: Path) -> None:
     model = presets.untrained(presets.TINY)
     for name in ("model.old", "model.part"):
@@ -500,7 +533,7 @@ def test_layers_of_ones_own_are_not_saved_as_if_they_could_be_loaded(
     tmp_path: Path, make: Callable[[], models.loading.Model]
 ) -> None:
     """A file was written that was refused when it was read, perhaps in the place of a good one."""
-    model, path = make(), tmp_path / "model.safetensors"
+    model, path = make(), tmp_path / ("model" if make is tiny_model else "model.safetensors")
     models.save(model, path)
     layer = model.unet.time_embed[0]
     nn.utils.parametrizations.weight_norm(layer)

@@ -31,6 +31,7 @@ class Config:
     count: int = 1
     words: tuple[str, ...] = ()
     mirrored: bool = False
+    output: Path | None = None
 
 
 def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
@@ -141,6 +142,12 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(TypeError, match="a bug"):
         _command.run(main)
+
+
+def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell puts it into --output=~/x, and a folder called ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert started(monkeypatch, "--output=~/x") == Config(output=tmp_path / "x")
 
 
 @pytest.mark.parametrize(
