@@ -111,9 +111,10 @@ def decode(file: Path) -> "Image":
     if not file.is_file():
         raise InversionError(f"there is no image at {file}")
     try:
-        large = {"action": "ignore", "category": Image.DecompressionBombWarning}    # and opened all the same
-        with warnings.catch_warnings(**large), Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)  # a copy, which decodes the file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # of what is opened all the same
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image)  # a copy, which decodes the file
     except Image.UnidentifiedImageError as error:
         if _is_heic(file):
             raise InversionError(f"{file} is a HEIC photograph, whatever its name, and {EXPORTED}") from error
