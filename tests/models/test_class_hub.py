@@ -1,6 +1,6 @@
 """guided-diffusion's files by their names, from a server of tiny ones. (How a fetch resumes: test_glide_hub.py.)"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,15 @@ def test_models_and_classifiers_are_fetched_once(server: type[Server], tmp_path:
     assert torch.equal(model.unet.out[2].weight, tiny_classes().unet.out[2].weight)
     assert server.begun == [("64x64_diffusion.pt", 0), ("64_256_upsampler.pt", 0), ("64x64_classifier.pt", 0)]
     assert (tmp_path / "cache/oneword/guided-diffusion/64x64_diffusion.pt").is_file()
+
+
+@pytest.mark.parametrize("load", [models.load, models.load_classifier])
+def test_a_dtype_that_cannot_be_is_refused_before_anything_is_fetched(
+    server: type[Server], load: Callable[..., object]
+) -> None:
+    with pytest.raises(ModelError, match="float16 on a CPU runs hundreds of times slower than float32: use [^;]*$"):
+        load("adm-64", dtype="float16", device="cpu")
+    assert not server.begun
 
 
 def test_a_file_that_is_another_is_refused_by_name(server: type[Server], tmp_path: Path) -> None:

@@ -159,10 +159,11 @@ def test_without_a_folder_for_caches_there_is_the_user_s_own(
     assert fetching.cache("glide") == tmp_path / ".cache/oneword/glide"
 
 
-def test_a_part_that_is_all_there_is_fetched_anew(server: type[Server], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [b"", b"and what belongs to another file"])
+def test_a_part_that_is_all_there_is_fetched_anew(server: type[Server], tmp_path: Path, more: bytes) -> None:
     folder = tmp_path / "cache/oneword/glide"
     folder.mkdir(parents=True)
-    (folder / "base.pt.part").write_bytes(server.files["base.pt"])
+    (folder / "base.pt.part").write_bytes(server.files["base.pt"] + more)
     models.load("glide")
     assert (folder / "base.pt").read_bytes() == server.files["base.pt"]
 
