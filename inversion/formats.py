@@ -139,7 +139,8 @@ def _read_png(path: Path) -> Any:
 
 
 def _tensor_of_json(part: dict[str, Any]) -> Any:
-    return torch.tensor(part["TORCHTENSOR"], dtype=torch.float32) if part.keys() == {"TORCHTENSOR"} else part
+    is_tensor = part.keys() == {"TORCHTENSOR"}
+    return torch.tensor(part["TORCHTENSOR"], dtype=torch.float32, device="cpu") if is_tensor else part
 
 
 def _read_pickle(path: Path) -> tuple[Any, dict[str, str]]:

@@ -604,6 +604,10 @@ class TestNames:
         shutil.rmtree(copy / "unet")
         with pytest.raises(ModelError, match=f"there is no .*unet/config.json.*; {not_whole}"):
             models.load("someone/tiny")
+        (copy / "transformer").mkdir()                                      # of Stable Diffusion 3, which has no UNet
+        (copy / "model_index.json").write_text('{"transformer": [], "vae": [], "text_encoder": []}')
+        with pytest.raises(ModelError, match="has a transformer: it is not a Stable Diffusion 1.x or 2.x model$"):
+            models.load("someone/tiny")
 
     @pytest.mark.parametrize(
         ("error", "said"),
