@@ -58,7 +58,8 @@ def generate(
     negative    what guidance moves away from, one for all or one a prompt; None is the empty prompt. At a scale of 1
                 there is no moving away: a warning says so.
     steps       of the sampler, over the times that diffusers visits with it (`diffusion.default_levels`), or over
-                those of `diffusion.respaced` with models that were published with these (GLIDE).
+                those of `diffusion.respaced` with models that were published with these (GLIDE). Of many that begin
+                where an image should be there already a warning is given.
     scale       null + scale · (conditional - null); at 1 and 0 the network reads one prompt, not two.
     sampler     a name of `diffusion.SAMPLERS`. Each of these three is the model's own, `model.sampling`, if None.
     height, width   in pixels; None is the model's own resolution. With an upsampler: of what it enlarges.
