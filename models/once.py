@@ -10,11 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import FunctionCtx
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A `torch.autograd.Function`'s backward that raises RuntimeError where it is recorded, by create_graph=True."""
+    """A `torch.autograd.Function`'s backward that raises RuntimeError where it is recorded, by create_graph=True.
+
+    And for several gradients at once (is_grads_batched, vectorize), if it writes into memory of its own, as most do.
+    """
 
     @functools.wraps(backward)
     def only_once(ctx: FunctionCtx, *gradients: Any) -> Any:
@@ -23,6 +28,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "create_graph=True asks for what could be differentiated twice, and checkpoints, attention in slices "
                 "and layers with frozen weights have no second derivative: leave it out"
             )
-        return backward(ctx, *gradients)
+        try:
+            return backward(ctx, *gradients)
+        except RuntimeError as error:
+            if not any(isinstance(dy, Tensor) and is_legacy_batchedtensor(dy) for dy in gradients):
+                raise
+            raise RuntimeError(
+                "vectorize or is_grads_batched asks for several gradients at a time, and checkpoints, attention "
+                "in slices and layers with frozen weights give one at a time: leave it out"
+            ) from error
 
     return only_once

@@ -83,6 +83,18 @@ def test_gradients_by_torch_func(unet: nn.Module) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)               # in float64
 
 
+def test_several_gradients_at_once_are_said_to_be_none_of_frozen_layers(unet: nn.Module) -> None:
+    """What torch said of them was about a batching rule."""
+    answer, x, _ = function(unet.double().requires_grad_(False))
+
+    def some(x: Tensor) -> Tensor:
+        return answer(x).flatten()[:2]
+
+    assert torch.autograd.functional.jacobian(some, x).shape == (2, *x.shape)
+    with pytest.raises(RuntimeError, match="several gradients at a time, and .* one at a time: leave it out"):
+        torch.autograd.functional.jacobian(some, x, vectorize=True)
+
+
 def test_of_frozen_layers_a_forward_derivative_is_an_error(unet: nn.Module) -> None:
     answer, x, v = function(unet.double().requires_grad_(False))
     for grad in (False, True):
