@@ -133,7 +133,7 @@ def decode(file: Path) -> "Image":
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
         pixels = np.asarray(image).astype(np.float64)
         low, high = pixels.min(), pixels.max()
-        if low < 0 or high > 65535:
+        if low < 0 or high > 65535 or image.mode == "I" and high <= 255:        # 8 bits in 32 would be nearly black
             raise InversionError(
                 f"{file} holds pixels of {low:.0f} to {high:.0f}, of unknown white: save it with 8 or 16 bits"
             )

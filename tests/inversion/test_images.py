@@ -287,7 +287,7 @@ def test_pixels_of_unknown_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(InversionError, match="floating-point pixels"):
         read_folder(tmp_path, 32)
-    for number in (65536, -1):
+    for number in (65536, -1, 255):
         Image.fromarray(np.full((32, 32), number, np.int32)).save(tmp_path / "a.tiff")
         with pytest.raises(InversionError, match=f"pixels of {number} to {number}, of unknown white"):
             read_folder(tmp_path, 32)
