@@ -1,6 +1,8 @@
 """Fetching a model from the hub: its settings, and its weights in one format only."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from models.errors import ModelError
@@ -49,16 +51,19 @@ def cached(repository: str) -> Path | None:
     return Path(files[0]).parents[1] if all(isinstance(file, str) for file in files) else None
 
 
-def broke_off(folder: Path) -> bool:
-    """Whether settings or weights are missing of a network that the repository has: its download was interrupted."""
-    index = folder / "model_index.json"
-    named = read_json(index) if index.is_file() else STEMS
+@contextmanager
+def fetched_whole(repository: str, folder: Path) -> Iterator[None]:
+    """Say of what is wrong with a repository's folder that its download was interrupted, if it was.
 
-    def is_there(part: str) -> bool:
-        weights = [file for suffix in ("safetensors", "bin") for file in (folder / part).glob(f"*.{suffix}")]
-        return (folder / part / "config.json").is_file() and any(file.is_file() for file in weights)
-
-    return not all(is_there(part) for part in STEMS if part in named)
+    Without a network the hub's client gives what has come, and says nothing.
+    """
+    try:
+        yield
+    except ModelError as error:
+        if not _broke_off(folder):
+            raise
+        said = f"the download of {repository} is not whole: connect to the network and load it again"
+        raise ModelError(f"{error}; {said}") from error
 
 
 def _fetch(repository: str, variant: str | None, suffix: str) -> Path:
@@ -79,3 +84,15 @@ def _is_complete(folder: Path, variant: str | None) -> bool:
     except ModelError:
         return False
     return True
+
+
+def _broke_off(folder: Path) -> bool:
+    """Whether settings or weights are missing of a network that the repository has."""
+    index = folder / "model_index.json"
+    named = read_json(index) if index.is_file() else STEMS
+
+    def is_there(part: str) -> bool:
+        weights = [file for suffix in ("safetensors", "bin") for file in (folder / part).glob(f"*.{suffix}")]
+        return (folder / part / "config.json").is_file() and any(file.is_file() for file in weights)
+
+    return not all(is_there(part) for part in STEMS if part in named)

@@ -26,7 +26,7 @@ from models.glide_file import cascade_files, read_cascade, read_glide, write_gli
 from models.glide_hub import CASCADES, load_cascade
 from models.glide_text import GlideText
 from models.heap import expect_large_blocks
-from models.hub import broke_off, download, is_id
+from models.hub import download, fetched_whole, is_id
 from models.kinds import CLASSIFIER, GLIDE, GUIDED_DIFFUSION, kind_of
 from models.latent import LatentModel
 from models.lending import my_turn
@@ -115,13 +115,8 @@ def _read(
     if is_id(str(source)):
         prediction, variant = _take(source, options, "prediction", "variant")
         folder = download(str(source), variant)
-        try:
+        with fetched_whole(str(source), folder):
             return read_folder(folder, dtype, device, prediction, variant)
-        except ModelError as error:
-            if not broke_off(folder):
-                raise
-            said = f"the download of {source} is not whole: connect to the network and load it again"
-            raise ModelError(f"{error}; {said}") from error
     known = ", ".join((*EMBEDDED, *CASCADES, *FILES))
     raise ModelError(
         f"there is no file or folder {source}; the models known by name are: {known}, and an id of the hub is "
