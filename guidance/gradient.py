@@ -22,6 +22,9 @@ from diffusion import Denoiser, Level, Prediction
 from guidance.errors import GuidanceError
 
 Gradient = Callable[[Tensor, Level], Tensor]
+# What goes back is multiplied by a power of two, which rounds nothing, and divided again: a network in float16 loses
+# what is below 6e-8, as a gradient by pixels often is. Where the first is too much, beyond 65504, the next is tried.
+RAISED = 2.0**12, 2.0**8, 1.0
 
 
 def with_gradient(denoise: Denoiser, gradient: Gradient) -> Denoiser:
@@ -68,8 +71,12 @@ def gradient_of(log_probability: Callable[[Tensor, Tensor], Tensor], scale: floa
             found = f"a tensor {tuple(log_p.shape)}" if isinstance(log_p, Tensor) else f"a {type(log_p).__name__}"
             raise GuidanceError(f"a log-probability is a tensor ({len(x)},), a number an image, not {found}")
         grad = torch.zeros_like(x)
-        if log_p.requires_grad:
-            (grad,) = torch.autograd.grad(log_p.sum(), x, materialize_grads=True)   # by x perhaps not, by weights alone
+        for factor in RAISED if log_p.requires_grad else ():
+            how = {"materialize_grads": True, "retain_graph": factor > 1}           # by x perhaps not, by weights alone
+            (grad,) = torch.autograd.grad(factor * log_p.sum(), x, **how)
+            grad = grad / factor
+            if grad.isfinite().all():
+                break
         finite, there = grad.flatten(1).isfinite().all(dim=1), grad.flatten(1).any(dim=1)      # (B,)
         for wrong, of in (("is not finite", ~finite), ("is zero", finite & ~there)):
             if of.any() and wrong not in said:

@@ -69,7 +69,7 @@ def denoising_loss(model: Any, schedule: Schedule, batch: Batch, word: str, conc
     """
     device = model.device
     features = encode_prompts(model, [line.replace(SLOT, word) for line in batch.templates], concept)
-    x0, t = model.draw_x0(batch.moments.to(device), batch.draw.to(device)), batch.t.to(device)  # (B, C, h, w), (B,)
+    x0, t = model.draw_x0(batch.moments.to(device), batch.draw.to(device)), batch.t             # (B, C, h, w), (B,)
     noise = batch.noise.to(x0)                                                  # float64 where x_0 is
     x_t = schedule.q_sample(x0, t, noise)
     output = model.predict(x_t, t, features)[:, : x0.shape[1]]                  # without a learned variance

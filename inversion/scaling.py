@@ -11,9 +11,9 @@ START, LARGEST = 2.0**16, 2.0**24
 GROWS_AFTER = 500  # updates without an overflow
 
 
-def first_scale(dtype: torch.dtype) -> float | None:
-    """What a training starts with; None in dtypes that need no scaling."""
-    return START if dtype == torch.float16 else None
+def first_scale(*dtypes: torch.dtype) -> float | None:
+    """What a training through networks of these dtypes starts with; None if they need no scaling."""
+    return START if torch.float16 in dtypes else None
 
 
 def after_overflow(scale: float | None) -> float | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from inversion.concept import Concept
 from inversion.config import TrainConfig
 from inversion.errors import InversionError
-from inversion.exhaustion import advice, is_out_of_memory
+from inversion.exhaustion import advice, is_out_of_memory, let_go
 from inversion.formats import require_place
 from inversion.interruption import unbroken
 from inversion.training import DEFAULTS, StepReport, Training
@@ -59,6 +59,7 @@ def train(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        let_go(error)
         saved = resume or _changed(file) != there
         kept = f"; the vectors so far are saved, {state_file(file)} can be resumed from" if saved else ""
         raise InversionError(advice(model, images.shape[-1], config.batch_size) + kept) from error

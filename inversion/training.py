@@ -36,6 +36,7 @@ from inversion.scaling import first_scale
 from inversion.state import State
 from inversion.validation import Validation
 from models.files import as_path
+from models.offload import runs_in
 
 MOVED_BY = 10  # updates after which every vector must have moved
 NON_FINITE = 10  # steps of non-finite loss in a row that end a training
@@ -102,7 +103,8 @@ class Training:
             model, self.schedule, self.moments, templates, self.shape,
             config.validation_pairs, config.batch_size,
         )  # fmt: skip
-        self.state = State.start(concept.vectors, first_scale(model.dtype))
+        text = [runs_in(model.text)] if hasattr(model, "text") else []      # which may be a file's own, another dtype
+        self.state = State.start(concept.vectors, first_scale(model.dtype, *text))
 
     def steps(self) -> Iterator[StepReport]:
         """Advance to the last step, or until patience ends. `state` is whole whenever this is interrupted.

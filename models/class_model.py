@@ -116,11 +116,11 @@ class ClassModel(PixelModel):
         """
         if not self.classes.names:
             return TextFeatures(None)
-        ids = tokens.ids[:, 0].to(self.device)
-        if (ids == self.tokenizer.null).any() and not self.null:
+        if not self.null and (tokens.ids[:, 0] == self.tokenizer.null).any():
             raise ModelError(
                 f"{self.source} was never trained without a class, so there is nothing for it to guide itself away "
                 f"from: name a class in every prompt and draw at scale 1, or guide by guidance.classifier"
             )
+        ids = tokens.ids[:, 0].to(self.device)
         vectors = self.unet.label_emb(ids.clamp(max=len(self.classes) - 1))                    # (B, E)
         return TextFeatures(None, vectors * (ids < self.tokenizer.null)[:, None])

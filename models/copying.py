@@ -57,7 +57,9 @@ class CopyBeside:
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.pinned = [torch.empty(size, dtype=dtype, device="cpu", pin_memory=True) for _ in range(PLACES)]
         self.sent: list[torch.cuda.Event | None] = [None] * PLACES
-        self.thread = ThreadPoolExecutor(1, "weights")
+        # a thread of its own begins at cuda:0, where to be would take memory
+        begin = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.index is not None else {}
+        self.thread = ThreadPoolExecutor(1, "weights", **begin)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CopyBeside, (max(map(len, self.pinned)), self.pinned[0].dtype, self.device)

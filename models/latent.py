@@ -5,6 +5,7 @@ answers with what the network says, epsilon or v, as `prediction` names it. Each
 dtype; what goes between them and out is float32 (float64 stays float64).
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from models.vae import VAE
 from models.weights import on_meta
 
 SAMPLING = {"emoji": Sampling("ddim", 30, 5.0)}
+PIXELS = 512 * 512      # of images that the autoencoder sees at once
 STABLE_DIFFUSION = Sampling("ddim", 50, 7.5)
 
 
@@ -121,7 +123,8 @@ class LatentModel(UNetModel):
         require_floats(images)
         self.require_size(*images.shape[2:], self.vae.factor)
         with present(self, self.vae):
-            return at_least_float32(self.vae.encode(images.to(self.vae.quant_conv.weight)))
+            weight = self.vae.quant_conv.weight
+            return torch.cat([at_least_float32(self.vae.encode(some.to(weight))) for some in self._at_once(images, 1)])
 
     def draw_x0(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Moments (B, 2C, h, w) and noise (B, C, h, w) ~ N(0, 1) -> scaled latents (B, C, h, w), float32."""
@@ -135,7 +138,9 @@ class LatentModel(UNetModel):
         """
         self._require_vae()
         with present(self, self.vae):
-            return at_least_float32(self.vae.decode(x0.to(self.vae.quant_conv.weight))).clamp(-1.0, 1.0)
+            weight, parts = self.vae.quant_conv.weight, self._at_once(x0, self.vae.factor)
+            images = torch.cat([self._decoded(some.to(weight)) for some in parts])
+        return images.clamp(-1.0, 1.0)
 
     def x0_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image's latents. Raises ModelError for a size that the networks cannot halve."""
@@ -145,6 +150,19 @@ class LatentModel(UNetModel):
     def release_encoder(self) -> None:
         """Let the VAE's weights leave memory; `moments` and `decode` raise ModelError from then on."""
         self.vae, self.released = on_meta(lambda: VAE(self.vae.config)), True
+
+    def _decoded(self, x0: Tensor) -> Tensor:
+        """Some autoencoders leave float16's range, those of several fine-tuned models for example: in float32 then."""
+        images = self.vae.decode(x0)
+        if images.dtype == torch.float16 and not (images.is_meta or images.isfinite().all()):   # a plan's have none
+            images = copy.deepcopy(self.vae).float().decode(x0.float())
+        return at_least_float32(images)
+
+    def _at_once(self, x: Tensor, factor: int) -> tuple[Tensor, ...]:
+        """Maps, whose images are `factor` times as large, in batches of PIXELS or of one: an autoencoder widens them so
+        much that a batch of large ones would need more memory than all else.
+        """
+        return x.split(max(1, PIXELS // max(1, x.shape[2] * x.shape[3] * factor**2)))
 
     def _require_vae(self) -> None:
         if self.released:

@@ -114,7 +114,8 @@ class Window:
         weights, first = self._weights(i), seen(self.layers[i])
         size = extent(weight.weight for weight in weights)
         if size > len(self.places[place]):                         # something was put into the layer since
-            self.places[place] = self.places[place].new_empty(size)
+            with torch.inference_mode(False):                      # others will write into it, too
+                self.places[place] = self.places[place].new_empty(size)
         read = (weight.anew() for weight in weights)
         self.tickets[place] = self.copier.begin(place, read, views(self.places[place], [w.weight for w in weights]))
         self.held[place] = i, first

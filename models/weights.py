@@ -104,9 +104,10 @@ def assign(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
 
 
 def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a network under the names of a layout, in a dtype if one is given, else in what it runs in."""
+    """The tensors of a network under a layout's names, none on a GPU, in a dtype, or in what the network runs in."""
     state, waits = part.network.state_dict(), getattr(part.network, "runs_in", None)
-    return {entry.name: entry.join(state).to(dtype or waits or state[entry.parts[0]].dtype) for entry in part.stored}
+    found = {entry.name: (entry.join(state), state[entry.parts[0]].dtype) for entry in part.stored}
+    return {name: (t.cpu() if t.is_cuda else t).to(dtype or waits or its_own) for name, (t, its_own) in found.items()}
 
 
 def write_safetensors(

@@ -350,6 +350,16 @@ class TestGradient:
         assert wanted.abs().max() > 0
         assert torch.equal(found, wanted)
 
+    @pytest.mark.parametrize("slope", [1e-8, 1e-3, 1e4])
+    def test_a_network_in_float16_loses_neither_small_gradients_nor_large_ones(self, slope: float) -> None:
+        """1e-8 is nothing in float16, and 1e4 is more than it has if it is raised as much as that needs."""
+
+        def log_probability(x: Tensor, t: Tensor) -> Tensor:
+            return (x.half() * 0.5).float().flatten(1).sum(dim=1) * (2 * slope)
+
+        found = gradient_of(log_probability, 1.0)(picture(4)[None], Level(300.0, 0.5))
+        torch.testing.assert_close(found, torch.full_like(found, slope), rtol=2e-3, atol=0)     # float16, twice
+
     def test_an_ancestral_chain_is_drawn_towards_it(self) -> None:
         target = torch.full((1, 3, 16, 16), 0.8)
 

@@ -1,6 +1,7 @@
 """A device that runs out of memory in the middle: the vectors so far are kept, and what would need less is named."""
 
 import errno
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ FORMS = [
     RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "Cannot allocate memory", "a library"),
     RuntimeError("unable to mmap 24375616 bytes from file <x.safetensors>: Cannot allocate memory (12)"),
     ImportError("_lsprof.so: failed to map segment from shared object"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
 ]  # fmt: skip
 
 
@@ -64,6 +67,25 @@ def test_the_vectors_are_saved_and_the_next_cheaper_setting_is_named(tmp_path: P
     cheaper = tiny_model()
     cheaper.checkpointing = "attention"
     same(learn(cheaper, file=file, resume=True), learn(tiny_model()))
+
+
+def test_what_was_computed_is_let_go_though_the_error_is_kept() -> None:
+    """As a notebook keeps it, where the next try would find no memory either."""
+    model, held = tiny_model(), []
+
+    def forward(*_: Any, **__: Any) -> Tensor:
+        activations = torch.ones(1000)
+        held.append(weakref.ref(activations))
+        try:
+            raise RuntimeError(SAID)
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError(SAID) from error
+
+    model.unet.forward = forward
+    with pytest.raises(InversionError, match="ran out of memory") as kept:
+        learn(model)
+    assert kept.value.__cause__.__cause__ is not None
+    assert [each() for each in held] == [None]
 
 
 def test_what_needs_as_much_is_not_named() -> None:

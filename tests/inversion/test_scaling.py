@@ -36,6 +36,7 @@ def training(model: Any) -> Training:
 
 def test_only_float16_is_scaled() -> None:
     assert [first_scale(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)] == [START, None, None]
+    assert first_scale(torch.float32, torch.float16) == START               # a text transformer in its file's own dtype
     assert (training(Half()).state.scale, training(Sum()).state.scale) == (START, None)
 
 

@@ -1,3 +1,4 @@
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ import torch
 
 from models import ClipTokenizer, GlideModel, LatentModel, ModelError, TextFeatures, presets, save
 from models.presets import PRESETS, TINY, untrained
+from models.setting import Setting, place
 from models.text import ClipText
 from models.unet import UNet
 from models.unet_model import PREDICTIONS
@@ -247,6 +249,38 @@ class TestPresets:
             p.requires_grad for net in (model.unet, model.vae, model.text) for p in net.parameters()
         )
         assert not any(net.training for net in (model.unet, model.vae, model.text))
+
+
+def test_large_images_are_encoded_and_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of 512x512 took 6.5 GiB of a GPU, after all of the drawing; small ones go together, which is quicker."""
+    model, seen = tiny_model(), []
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    together = model.moments(images), model.decode(torch.ones(3, 4, 8, 8))
+    for name in ("encode", "decode"):
+        method = getattr(VAE, name)
+        monkeypatch.setattr(VAE, name, lambda vae, x, method=method: seen.append(len(x)) or method(vae, x))
+    for pixels, sizes in ((3 * 256, [3]), (2 * 256, [2, 1]), (1, [1, 1, 1])):
+        monkeypatch.setattr("models.latent.PIXELS", pixels)
+        for found, wanted in zip((model.moments(images), model.decode(torch.ones(3, 4, 8, 8))), together):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)        # float32: other kernels for one image
+        assert seen == sizes * 2
+        seen.clear()
+    assert model.decode(torch.ones(0, 4, 8, 8)).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("offload", ["none", "idle"])
+def test_an_autoencoder_that_leaves_the_range_of_float16_decodes_in_float32(offload: str) -> None:
+    """It drew black images, after all of the drawing."""
+    model = tiny_model()
+    model.vae.half().post_quant_conv.weight.mul_(2**14)             # times 4 channels of 8 it passes 65504
+    x0 = torch.full((2, 4, 8, 8), 8.0)
+    wide = copy.deepcopy(model.vae).float()
+    wanted = wide.decode(x0).clamp(-1, 1)
+    if offload == "idle":
+        place(model, Setting(torch.float16, offload="idle"), torch.device("cpu"))
+    assert not model.vae.decode(x0.half()).isfinite().all()
+    torch.testing.assert_close(model.decode(x0), wanted, rtol=0, atol=1e-5)          # float32: another batch
+    assert model.vae.quant_conv.weight.dtype == torch.float16
 
 
 def test_a_map_that_cannot_be_halved_is_refused_by_the_unet_itself() -> None:
