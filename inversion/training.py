@@ -95,7 +95,7 @@ class Training:
         self.model, self.concept, self.templates, self.config = model, concept, templates, config
         self.schedule, self.shape = Schedule(**model.schedule), model.x0_shape(*images.shape[2:])
         freeze(model)
-        self.images_hash, self.weights_hash = _hash(images), _hash(str(_ends_of_weights(model)))
+        self.images_hash, self.weights_hash = digest(images), digest(str(_ends_of_weights(model)))
         self.moments = torch.cat([model.moments(image[None].to(model.device)).cpu() for image in images])
         if not keep_encoder:
             model.release_encoder()
@@ -223,10 +223,10 @@ class Training:
     def _run(self) -> dict[str, Any]:
         """What must be equal for a training to be continued."""
         run = asdict(self.config) | {"placeholder": self.concept.placeholder, "family": self.model.family}
-        run |= {"images": self.images_hash, "initial vectors": _hash(self.concept.vectors)}
-        run |= {"templates": _hash(str([list(lines) for lines in self.templates])), "dtype": str(self.model.dtype)}
+        run |= {"images": self.images_hash, "initial vectors": digest(self.concept.vectors)}
+        run |= {"templates": digest(str([list(lines) for lines in self.templates])), "dtype": str(self.model.dtype)}
         said = f"{self.model.prediction} {sorted(self.model.schedule.items())} {self.weights_hash}"
-        return run | {"model": _hash(said)}
+        return run | {"model": digest(said)}
 
 
 def freeze(model: Any) -> None:
@@ -251,7 +251,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def _hash(content: Tensor | str) -> str:
+def digest(content: Tensor | str) -> str:
+    """Sixteen letters that tell a tensor's numbers, or a text, from others."""
     found = hashlib.sha256(content.encode() if isinstance(content, str) else b"")
     for some in () if isinstance(content, str) else content.detach().flatten().split(2**20):      # many images are much
         found.update(some.cpu().double().numpy())

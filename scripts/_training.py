@@ -27,6 +27,7 @@ class Trainer:
 
     networks: float32, of which the masters are taken; they are then cast to dtype.
     best: the lowest held-out loss so far; the caller's, kept with the rest.
+    taught: what tells what is learned from, as `digest` of the pictures does, so that nothing else is resumed with.
     muon: which weights, by their names, are Muon's instead (see `_muon`): the matrices of hidden layers.
     Learning rate: linear warm-up, then half a cosine to zero. The average's decay starts low, (1 + k) / (10 + k),
     so that it forgets the random start. Gradients are clipped to norm 1.
@@ -35,6 +36,7 @@ class Trainer:
     def __init__(
         self, networks: dict[str, nn.Module], lr: float, steps: int, warmup: int, decay: float,
         dtype: torch.dtype = torch.float32, muon: Callable[[str, Tensor], bool] = lambda name, weight: False,
+        taught: str = "",
     ) -> None:  # fmt: skip
         named = [(f"{key}.{n}", p) for key, net in networks.items() for n, p in net.named_parameters()]
         self.names, self.weights = [n for n, _ in named], [p for _, p in named]
@@ -47,7 +49,7 @@ class Trainer:
         self.optimizers = [torch.optim.AdamW(of[False], lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
         self.optimizers += [Muon(of[True], lr=lr)] if of[True] else []
         self.lr, self.steps, self.warmup, self.decay, self.step, self.failed = lr, steps, warmup, decay, 0, 0
-        self.best = math.inf
+        self.best, self.taught = math.inf, taught
 
     def update(self, loss: Tensor) -> float:
         """One optimiser step down the gradient of `loss` (a scalar). Returns its value.
@@ -85,19 +87,25 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Everything a resumed run needs, written beside `path` and renamed. Raises OSError, for a full disk too."""
         state = {"step": self.step, "names": self.names, "optimizers": [each.state_dict() for each in self.optimizers]}
-        state |= {"best": self.best, "master": [p.detach() for p in self.master], "average": self.average}
+        state |= {"master": [p.detach() for p in self.master], "average": self.average}
+        state |= {"taught": self.taught, "best": self.best}
         write_pickle(path, state)
 
     def load(self, path: Path) -> None:
-        """Continue from a file of `save`, if it is there. Raises ModelError if it is damaged, or of other networks."""
+        """Continue from a file of `save`, if it is there. Raises ModelError for a damaged one, and another's."""
         if not path.exists():
             return
         try:
             state = torch.load(path, weights_only=True)
-            names, step, best, optimizers = (state[key] for key in ("names", "step", "best", "optimizers"))
+            names, taught, step, best = state["names"], state["taught"], int(state["step"]), float(state["best"])
             shapes = [[p.shape for p in state[key]] for key in ("master", "average")]
         except Exception as error:          # a foreign file may fail in any way at all
-            raise ModelError(f"{path} is damaged: start anew, into another --output") from error
+            raise _damaged(path) from error
+        if taught != self.taught:
+            raise ModelError(
+                f"{path} holds a training on other pictures, names, captions or latents: put back what it began with, "
+                "or start anew, into another --output"
+            )
         mine = [p.shape for p in self.master]
         if names != self.names or shapes != [mine, mine]:
             raise ModelError(f"{path} holds the training of other networks: give the sizes that it was started with")
@@ -105,10 +113,17 @@ class Trainer:
             for key in ("master", "average"):
                 for mine, theirs in zip(getattr(self, key), state[key]):
                     mine.copy_(theirs)
-        for optimizer, saved in zip(self.optimizers, optimizers):
-            optimizer.load_state_dict(saved)
+        try:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except Exception as error:
+            raise _damaged(path) from error
         self.step, self.best = step, best
         self.put(self.master)
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(f"{path} is damaged: start anew, into another --output")
 
 
 def run_steps(
@@ -126,6 +141,8 @@ def run_steps(
     bar = tqdm(range(trainer.step, trainer.steps), initial=trainer.step, total=trainer.steps, mininterval=2.0)
 
     def save() -> None:
+        if trainer.failed:                              # which may have ruined the weights: what was saved before stays
+            return
         save_flags(checkpoint.parent, config)
         trainer.save(checkpoint)
 
@@ -139,9 +156,12 @@ def run_steps(
                 save()
             if stop:
                 raise KeyboardInterrupt
+        if trainer.failed or not all(master.isfinite().all() for master in trainer.master):
+            raise ModelError(f"no finite gradient was left at the end, step {trainer.step}: lower the learning rate")
         save()
     except KeyboardInterrupt:
         save()
+        bar.write(f"interrupted; continue with --output {checkpoint.parent} --resume")
         raise
     finally:
         for number, handler in before.items():

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from diffusion import Schedule
-from inversion.training import step_generator
+from inversion.training import digest, step_generator
 from models import ModelError, load_classifier
 from models.class_file import write_classifier
 from models.classifier import Classifier, ClassifierConfig
@@ -154,7 +154,9 @@ def main(config: Config) -> None:
         every, read_classes(config.held_out, config.size, every.names)
     )  # fmt: skip
     network, schedule, dtype = untrained(config, every), Schedule(config.schedule), getattr(torch, config.dtype)
-    trainer = Trainer({"classifier": network}, config.learning_rate, config.steps, 100, 0.995, dtype)
+    what = learned.images, learned.labels, held_out.images, held_out.labels, str(every.names.names)
+    taught = " ".join(map(digest, what))
+    trainer = Trainer({"classifier": network}, config.learning_rate, config.steps, 100, 0.995, dtype, taught=taught)
     checkpoint, file = config.output / "training.pt", config.output / "classifier.safetensors"
     trainer.load(checkpoint)
 

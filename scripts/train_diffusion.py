@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 import models
 from diffusion import Schedule
-from models import ClassModel, ModelError
+from inversion.training import digest
+from models import ClassModel, LatentModel, ModelError
 from models.loading import Model
 from models.weights import write_safetensors
 
@@ -120,7 +121,7 @@ def save_training_set(folder: Path, moments: Tensor, rows: list[dict]) -> None:
     write_safetensors(folder / "training_latents.safetensors", latents, {"rows": json.dumps(described)})
 
 
-def teach_text(model: Model, captions: Captions, latents: Tensor, config: Config) -> None:
+def teach_text(model: Model, captions: Captions, latents: Tensor, config: Config, taught: str) -> None:
     """Train the text transformer on captions alone: its mean feature, through a linear head, tells the blurred x_0.
 
     The mean over all positions, because that is what a cross-attention sees that does not know yet where to look.
@@ -130,7 +131,8 @@ def teach_text(model: Model, captions: Captions, latents: Tensor, config: Config
     """
     blurred = functional.adaptive_avg_pool2d(latents, 8).flatten(1)                            # (N, 64 C)
     head = nn.Linear(model.width, blurred.shape[1])
-    trainer = Trainer({"text": model.text.train(), "head": head}, 1e-3, config.text_steps, warmup=50, decay=0.99)
+    trained = {"text": model.text.train(), "head": head}
+    trainer = Trainer(trained, 1e-3, config.text_steps, warmup=50, decay=0.99, taught=taught)
     checkpoint = config.output / "text.pt"
     trainer.load(checkpoint)
 
@@ -149,6 +151,11 @@ def is_hidden_matrix(name: str, weight: Tensor) -> bool:
     outermost = name.startswith(("unet.input_blocks.0.", "unet.out."))
     table = "embedding" in name or "label_emb" in name
     return weight.ndim >= 2 and not table and not outermost
+
+
+def weights_of(model: Model) -> list[str]:
+    """What tells the autoencoder that a model is trained around, if there is one, from others."""
+    return [digest(weight) for weight in model.vae.parameters()] if isinstance(model, LatentModel) else []
 
 
 def networks(model: Model) -> dict[str, nn.Module]:
@@ -191,19 +198,22 @@ def main(config: Config) -> None:
     model = build(config, [caption for row in rows for caption in row["captions"]], images.shape[-1])
     schedule = Schedule(**model.schedule)
     shape, pictures = model.x0_shape(*images.shape[2:]), Pictures.of(model, images, small, rows)
-    judge = None
+    taught, judge = [digest(images), digest(str(rows)), *weights_of(model)], None
     if config.held_out is not None:
         images, held_rows = read_told(config.told, config.held_out, images.shape[-1], getattr(model, "classes", None))
         held_out = Pictures.of(model, images, reduced(images, config), held_rows)
         judge = partial(held_out.fixed_loss, model, schedule)
+        taught += [digest(images), digest(str(held_rows))]
 
     checkpoint = config.output / "training.pt"
     if config.told == "captions" and not checkpoint.exists():
-        teach_text(model, pictures.captions, pictures.moments[:, : shape[0]], config)
+        teach_text(model, pictures.captions, pictures.moments[:, : shape[0]], config, " ".join(taught))
     dtype = getattr(torch, config.dtype)
     trained = {name: network.train() for name, network in networks(model).items()}
     decay = max(0.9, 1 - 6 / config.steps)           # the average remembers a sixth of the training: 0.9995 of 12000
-    trainer = Trainer(trained, config.learning_rate, config.steps, 200, decay, dtype, is_hidden_matrix)
+    trainer = Trainer(
+        trained, config.learning_rate, config.steps, 200, decay, dtype, is_hidden_matrix, " ".join(taught)
+    )
     trainer.load(checkpoint)
 
     def loss(g: torch.Generator) -> Tensor:

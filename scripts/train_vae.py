@@ -21,7 +21,7 @@ from _training import Trainer, run_steps
 from torch import Tensor
 
 from inversion.images import read_folder
-from inversion.training import step_generator
+from inversion.training import digest, step_generator
 from models.errors import ModelError
 from models.vae import VAE, VAEConfig
 from models.weights import write_safetensors
@@ -81,6 +81,8 @@ def standardise(vae: VAE, images: Tensor) -> None:
     """
     z = torch.cat([vae.encode(batch).chunk(2, dim=1)[0] for batch in images.split(64)])        # (N, C, h, w)
     std, mean = torch.std_mean(z, dim=(0, 2, 3))                                               # (C,)
+    if not (std > 0).all():
+        raise ModelError("the latents of all pictures are alike: take more of them, or larger ones")
     inner, outer, c = vae.quant_conv, vae.post_quant_conv, len(mean)
     inner.weight[:c] /= std[:, None, None, None]
     inner.bias[:c] = (inner.bias[:c] - mean) / std
@@ -103,7 +105,9 @@ def main(config: Config) -> None:
         k: getattr(config, k) for k in ("latent_channels", "channels", "channel_mult", "num_res_blocks", "norm_groups")
     }
     vae, dtype = VAE(VAEConfig(**shape, scale=1.0)), getattr(torch, config.dtype)
-    trainer = Trainer({"vae": vae}, config.learning_rate, config.steps, warmup=100, decay=0.999, dtype=dtype)
+    trainer = Trainer(
+        {"vae": vae}, config.learning_rate, config.steps, warmup=100, decay=0.999, dtype=dtype, taught=digest(images)
+    )
     checkpoint = config.output / "training.pt"
     trainer.load(checkpoint)
 

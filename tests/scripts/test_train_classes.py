@@ -1,6 +1,7 @@
 """Models of classes and their classifiers, trained at toy sizes from a folder of classes."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_classes_are_dropped_with_the_probability_that_was_set(
 def test_without_dropout_there_is_no_null_label(folder: Path, tmp_path: Path) -> None:
     script("train_diffusion").main(diffusion_config(folder, tmp_path / "run", caption_dropout=0.0, held_out=folder))
     assert not models.load(tmp_path / "run" / "model.safetensors").null
+
+
+@pytest.mark.parametrize("name", ["train_diffusion", "train_classifier"])
+def test_a_class_that_was_renamed_is_not_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Every class had another's name."""
+    data, module = Path(shutil.copytree(folder, tmp_path / "data")), script(name)
+    config = diffusion_config if name == "train_diffusion" else classifier_config
+    interrupted_at(module, 2, config(data, tmp_path / "run", save_every=1), monkeypatch)
+    (data / "blue").rename(data / "zebra")
+    with pytest.raises(ModelError, match="holds a training on other pictures, names, captions or latents"):
+        module.main(config(data, tmp_path / "run", save_every=1, resume=True))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import models
 from diffusion import Schedule
@@ -213,7 +213,7 @@ def test_what_the_text_transformer_is_taught_tells_captions_apart(data: Path, va
             return model.encode_text(first).context.mean(dim=1).var(dim=0).mean().item()
 
     before = between()
-    module.teach_text(model, captions, model.moments(images)[:, :4], config)
+    module.teach_text(model, captions, model.moments(images)[:, :4], config, "")
     state = torch.load(tmp_path / "run" / "text.pt", weights_only=True)         # what goes on is the average
     i = state["names"].index("text.final_layer_norm.weight")
     assert torch.equal(model.text.final_layer_norm.weight, state["average"][i])
@@ -480,13 +480,47 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing_half_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("changed", ["pictures", "captions", "autoencoder"])
+def test_a_training_on_something_else_is_not_gone_on_with(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """It was, in silence."""
+    mine, its_vae = (Path(shutil.copytree(each, tmp_path / each.name)) for each in (data, vae))
+    module, output = script("train_diffusion"), tmp_path / "run"
+    interrupted_at(module, 2, diffusion_config(mine, its_vae, output, save_every=1), monkeypatch)
+    if changed == "pictures":
+        shutil.copy(mine / "art" / "0.png", mine / "art" / "1.png")
+    elif changed == "captions":
+        written = (mine / "captions.jsonl").read_text()
+        (mine / "captions.jsonl").write_text(written.replace("thing 1", "thing 2"))
+    else:
+        weights = load_file(its_vae / "vae.safetensors")
+        weights["encoder.conv_in.weight"] *= 2
+        save_file(weights, its_vae / "vae.safetensors")
+    with pytest.raises(models.ModelError, match="holds a training on other pictures, names, captions or latents: "):
+        module.main(diffusion_config(mine, its_vae, output, save_every=1, resume=True))
+
+
+def test_weights_that_are_ruined_are_not_saved_over_good_ones(data: Path, tmp_path: Path) -> None:
+    """Nor are they written as a model, if so few steps were left that ten in a row could not fail."""
+    module = script("train_vae")
+    with pytest.raises(models.ModelError, match="no finite gradient was left at the end, step 4: lower the learning"):
+        module.main(vae_config(data, tmp_path / "vae", learning_rate=1e38))
+    assert not (tmp_path / "vae" / "vae.safetensors").exists()
+    assert not (tmp_path / "vae" / "training.pt").exists()
+
+
 def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path) -> None:
     shutil.copytree(vae, tmp_path / "vae")
     checkpoint = tmp_path / "vae" / "training.pt"
+    good = torch.load(checkpoint)
     for write in (
         lambda: checkpoint.write_bytes(b"PK\x03\x04 no more"),
         lambda: torch.save({"weights": torch.ones(1)}, checkpoint),
         lambda: torch.save([1], checkpoint),
+        lambda: torch.save(good | {"step": "x"}, checkpoint),
+        lambda: torch.save(good | {"optimizers": []}, checkpoint),
+        lambda: torch.save(good | {"optimizers": [{}]}, checkpoint),
     ):
         write()
         with pytest.raises(models.ModelError, match="is damaged"):
