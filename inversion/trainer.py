@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inversion.concept import Concept
@@ -23,7 +24,8 @@ class Result:
     """concept: with the best vectors. history: a row a validation, with each vector's norm and cosine to its start.
 
     metrics: validation_loss_initial, _best, _caption (None without a name), best_step, steps, skipped_steps,
-    seconds, peak_memory_bytes.
+    seconds, peak_memory_bytes of the process, and peak_device_memory_bytes of a GPU, both since the process began; None
+    without a GPU.
     """
 
     concept: Concept
@@ -124,7 +126,7 @@ def peak_memory() -> int:
 
 
 def _metrics(training: Training, name: str | None) -> dict[str, Any]:
-    state = training.state
+    state, device = training.state, training.model.device
     return {
         "validation_loss_initial": state.history[0]["validation_loss"],
         "validation_loss_best": state.best_loss,
@@ -134,4 +136,5 @@ def _metrics(training: Training, name: str | None) -> dict[str, Any]:
         "skipped_steps": state.skipped,
         "seconds": round(state.seconds, 3),
         "peak_memory_bytes": peak_memory(),
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }

@@ -47,7 +47,10 @@ def read_training_set(folder: Path) -> tuple[Tensor, list[str], list[str]]:
     """Latent means (N, C, h, w) float32 of the training images, their names, and one caption of each."""
     file = folder / "training_latents.safetensors"
     if not file.is_file():
-        raise ModelError(f"{folder} has no {file.name}: name a folder that train_diffusion.py wrote")
+        raise ModelError(
+            f"{folder} has no {file.name}: name the model's folder, OUTPUT/model, of a training of train_diffusion.py "
+            "with --vae that has ended"
+        )
     latents, said = open_tensors(file).get("latents"), metadata(file).get("rows")
     if latents is None or said is None:
         raise ModelError(f"{file} holds no latents of train_diffusion.py's: name a folder that it wrote")
