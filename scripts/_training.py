@@ -78,6 +78,10 @@ class Trainer:
                 weight.copy_(master)
         return loss.item()
 
+    def is_sound(self) -> bool:
+        """Whether its last gradient was finite, and all weights are: a rate can be too large for float32."""
+        return not self.failed and all(bool(master.isfinite().all()) for master in self.master)
+
     def put(self, which: list[Tensor]) -> None:
         """Write `self.master` or `self.average` into the networks."""
         with torch.no_grad():
@@ -141,7 +145,7 @@ def run_steps(
     bar = tqdm(range(trainer.step, trainer.steps), initial=trainer.step, total=trainer.steps, mininterval=2.0)
 
     def save() -> None:
-        if trainer.failed:                              # which may have ruined the weights: what was saved before stays
+        if not trainer.is_sound():                      # what was saved before stays
             return
         save_flags(checkpoint.parent, config)
         trainer.save(checkpoint)
@@ -156,7 +160,7 @@ def run_steps(
                 save()
             if stop:
                 raise KeyboardInterrupt
-        if trainer.failed or not all(master.isfinite().all() for master in trainer.master):
+        if not trainer.is_sound():
             raise ModelError(f"no finite gradient was left at the end, step {trainer.step}: lower the learning rate")
         save()
     except KeyboardInterrupt:

@@ -73,11 +73,16 @@ def test_what_was_computed_is_let_go_though_the_error_is_kept() -> None:
     """As a notebook keeps it, where the next try would find no memory either."""
     model, held = tiny_model(), []
 
+    def within() -> None:
+        more = torch.ones(1000)
+        held.append(weakref.ref(more))
+        raise RuntimeError(SAID)
+
     def forward(*_: Any, **__: Any) -> Tensor:
         activations = torch.ones(1000)
         held.append(weakref.ref(activations))
         try:
-            raise RuntimeError(SAID)
+            within()
         except RuntimeError as error:
             raise torch.OutOfMemoryError(SAID) from error
 
@@ -85,7 +90,7 @@ def test_what_was_computed_is_let_go_though_the_error_is_kept() -> None:
     with pytest.raises(InversionError, match="ran out of memory") as kept:
         learn(model)
     assert kept.value.__cause__.__cause__ is not None
-    assert [each() for each in held] == [None]
+    assert [each() for each in held] == [None, None]
 
 
 def test_what_needs_as_much_is_not_named() -> None:

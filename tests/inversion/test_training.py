@@ -133,6 +133,14 @@ def test_in_float64_the_same_is_learned(family: str) -> None:
     assert (found[0] - Concept.from_text(new(), "<x>", "dog", 1).vectors).abs().max() > 1e-3
 
 
+def test_the_loss_is_scaled_for_a_text_transformer_in_float16_too() -> None:
+    """As a file may have it, beside a UNet in float32."""
+    model = tiny_model()
+    model.text.half()
+    word = Concept.from_text(model, "<x>", "dog")
+    assert Training(model, word, images(), TEMPLATES, FAST).state.scale == 2.0**16
+
+
 def test_torch_s_default_dtype_draws_nothing_else() -> None:
     wanted = learn(tiny_model(), replace(FAST, steps=2))
     model = tiny_model()

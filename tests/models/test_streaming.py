@@ -362,6 +362,9 @@ def test_a_layer_that_lies_in_its_place_may_get_more_weights_than_fit(
         window.take(0)
         layer.append(more.requires_grad_(False))
         assert not unchanged(first, layer)
+        with torch.inference_mode():                        # a place that grows there is for others, too
+            assert [w.tolist() for w in window.take(0)] == [p.tolist() for p in layer.parameters()]
+        layer[0].weight.data = 2 * layer[0].weight.data
         assert [w.tolist() for w in window.take(0)] == [p.tolist() for p in layer.parameters()]
 
 

@@ -508,6 +508,12 @@ def test_weights_that_are_ruined_are_not_saved_over_good_ones(data: Path, tmp_pa
         module.main(vae_config(data, tmp_path / "vae", learning_rate=1e38))
     assert not (tmp_path / "vae" / "vae.safetensors").exists()
     assert not (tmp_path / "vae" / "training.pt").exists()
+    module, more = script("train_diffusion"), {"save_every": 1, "learning_rate": 1e38}
+    with pytest.raises(models.ModelError, match="no finite gradient was left at the end, step 4"):
+        module.main(diffusion_config(data, None, tmp_path / "glide", **more))
+    saved = torch.load(tmp_path / "glide" / "training.pt")
+    assert saved["step"] < 4
+    assert all(master.isfinite().all() for master in saved["master"])
 
 
 def test_a_checkpoint_that_cannot_be_read(data: Path, vae: Path, tmp_path: Path) -> None:
