@@ -8,7 +8,8 @@ from models.errors import ModelError
 
 
 def choose_device(device: torch.device | str | None, must_be_there: bool = True) -> torch.device:
-    """The device that was asked for, the GPU if none was and there is one. Raises ModelError for one that is not there.
+    """The device that was asked for, the GPU if none was and there is one. Raises ModelError for one that is not there,
+    and for a GPU that this torch has no kernels for.
 
     must_be_there: False for a GPU that is only planned for.
     """

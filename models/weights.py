@@ -106,8 +106,12 @@ def assign(parts: Sequence[Part], tensors: Mapping[str, Tensor], where: str) -> 
 def gather(part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a network under a layout's names, none on a GPU, in a dtype, or in what the network runs in."""
     state, waits = part.network.state_dict(), getattr(part.network, "runs_in", None)
-    found = {entry.name: (entry.join(state), state[entry.parts[0]].dtype) for entry in part.stored}
-    return {name: (t.cpu() if t.is_cuda else t).to(dtype or waits or its_own) for name, (t, its_own) in found.items()}
+
+    def gathered(entry: Stored) -> Tensor:
+        tensor = entry.join(state)
+        return (tensor.cpu() if tensor.is_cuda else tensor).to(dtype or waits or state[entry.parts[0]].dtype)
+
+    return {entry.name: gathered(entry) for entry in part.stored}
 
 
 def write_safetensors(

@@ -165,7 +165,8 @@ def run_steps(
         save()
     except KeyboardInterrupt:
         save()
-        bar.write(f"interrupted; continue with --output {checkpoint.parent} --resume")
+        if checkpoint.exists():
+            bar.write(f"interrupted; continue with --output {checkpoint.parent} --resume")
         raise
     finally:
         for number, handler in before.items():

@@ -4,6 +4,7 @@ import errno
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inversion import InversionError, plan
-from inversion.exhaustion import is_out_of_memory, next_cheaper
+from inversion.exhaustion import advice, is_out_of_memory, next_cheaper
 from inversion.trainer import state_file
 from models import LatentModel, Setting, outline
 from models.setting import place
@@ -91,6 +92,14 @@ def test_what_was_computed_is_let_go_though_the_error_is_kept() -> None:
         learn(model)
     assert kept.value.__cause__.__cause__ is not None
     assert [each() for each in held] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_a_gpu_float16_is_named_where_float32_was_too_much(device: str, dtype: torch.dtype) -> None:
+    model = SimpleNamespace(device=torch.device(device), dtype=dtype, setting=Setting(dtype))
+    said = "; dtype float16 takes half the memory" in advice(model, 512, 1)
+    assert said == ((device, dtype) == ("cuda", torch.float32))
 
 
 def test_what_needs_as_much_is_not_named() -> None:
